@@ -1,0 +1,170 @@
+"""K/V of the encoded prefix, in order, for every layer.
+
+    full layer      [0 ............................................. length)
+    sliding layer                       [window - 1 | slack | room to grow )
+
+Full layers keep every row. Sliding layers keep at least the last `window - 1 + slack` rows, in
+order, in a buffer with room to grow: when it is full, it is compacted to those rows. So the last
+`slack` tokens can be rolled back at any time and a whole window is still there. There is no ring.
+
+No other module touches the arrays: they come in through `extend` and `beside`, and go out as views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .config import LayerConfig, ModelConfig
+
+GROWTH = 256  # rows by which a buffer grows at least, as in mlx_lm
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a `PrefixCache` at one moment; holds views, copies nothing until rows are overwritten."""
+
+    length: int
+    layers: tuple[tuple[int, mx.array | None, mx.array | None], ...]  # (first position, keys, values)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for _, *pair in self.layers for rows in pair if rows is not None)
+
+
+class PrefixCache:
+    """The keys and values of tokens [0, length), one `LayerRows` per layer.
+
+    Args:
+        config: sizes of the model.
+        slack: how many tokens can be rolled back after any number of tokens.
+    """
+
+    def __init__(self, config: ModelConfig, slack: int = 64):
+        if slack < 0:
+            raise ValueError(f"slack must not be negative, not {slack}")
+        self.slack = slack
+        window = config.sliding_window - 1
+        self.layers = [LayerRows(window, window + slack) if layer.is_sliding else LayerRows() for layer in config.layers]
+
+    @property
+    def length(self) -> int:
+        """Tokens encoded so far."""
+        return self.layers[-1].end
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def rollback(self, count: int) -> None:
+        """Forget the last `count` tokens. Raises ValueError if rows needed then are gone."""
+        if not 0 <= count <= self.length:
+            raise ValueError(f"cannot roll back {count} of {self.length} tokens")
+        if any(not layer.can_roll_back(count) for layer in self.layers):
+            raise ValueError(f"cannot roll back {count} tokens: sliding layers keep {self.slack} beyond their window")
+        for layer in self.layers:
+            layer.end -= count
+
+    def snapshot(self) -> Snapshot:
+        """The present state, to `restore` later; unaffected by what happens to this cache."""
+        return Snapshot(self.length, tuple(layer.state() for layer in self.layers))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Return to a snapshot of this cache, or of another one of the same model and slack."""
+        if len(snapshot.layers) != len(self.layers):
+            raise ValueError(f"a snapshot of {len(snapshot.layers)} layers does not fit {len(self.layers)}")
+        for layer, (start, keys, values) in zip(self.layers, snapshot.layers, strict=True):
+            layer.start, layer.end, layer.keys, layer.values = start, snapshot.length, keys, values
+
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated for the cache to be complete."""
+        return [rows for layer in self.layers for rows in (layer.keys, layer.values) if rows is not None]
+
+
+class LayerRows:
+    """Rows of one layer, positions [start, end), at the front of a larger buffer (B, H, capacity, D).
+
+    Args:
+        window: how many rows before a position it may see; None: all.
+        kept: how many rows survive a compaction; None: all.
+    """
+
+    def __init__(self, window: int | None = None, kept: int | None = None):
+        self.window, self.kept = window, kept
+        self.start = self.end = 0
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+    def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append rows (B, H, L, D) for good; return the rows that the new ones may see, themselves last."""
+        added = keys.shape[2]
+        if self.kept is not None and added > GROWTH:
+            seen = self._replace(keys, values)
+        else:
+            seen = self._write(keys, values)
+        self.end += added
+        return seen
+
+    def beside(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The visible prefix followed by rows that are not kept: a canvas."""
+        return self._write(keys, values)
+
+    def visible(self) -> int:
+        """Rows of the prefix that the next position may see."""
+        return self.end if self.window is None else min(self.window, self.end)
+
+    def can_roll_back(self, count: int) -> bool:
+        after = self.end - count
+        needed = 0 if self.window is None else max(0, after - self.window)
+        return self.start <= needed
+
+    def state(self) -> tuple[int, mx.array | None, mx.array | None]:
+        if self.keys is None:
+            return self.start, None, None
+        rows = self.end - self.start
+        return self.start, self.keys[:, :, :rows], self.values[:, :, :rows]
+
+    def _write(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Put rows behind the last kept one, where they stay until something else is written there."""
+        self._make_room(keys, values)
+        first = self.end - self.start
+        last = first + keys.shape[2]
+        self.keys[:, :, first:last] = keys
+        self.values[:, :, first:last] = values
+        seen = first - self.visible()
+        return self.keys[:, :, seen:last], self.values[:, :, seen:last]
+
+    def _replace(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append a long chunk to a sliding layer without a buffer that could hold it: keep its tail alone."""
+        used, visible = self.end - self.start, self.visible()
+        if self.keys is not None:
+            keys = mx.concatenate([self.keys[:, :, :used], keys], axis=2)
+            values = mx.concatenate([self.values[:, :, :used], values], axis=2)
+        total = keys.shape[2]
+        dropped = max(0, total - self.kept)
+        self.keys = _resized(keys, keys, dropped, total, self.kept + 2 * GROWTH)
+        self.values = _resized(values, values, dropped, total, self.kept + 2 * GROWTH)
+        self.start += dropped
+        return keys[:, :, used - visible :], values[:, :, used - visible :]
+
+    def _make_room(self, keys: mx.array, values: mx.array) -> None:
+        used, added = self.end - self.start, keys.shape[2]
+        if self.keys is not None and used + added <= self.keys.shape[2]:
+            return
+        dropped = 0 if self.kept is None else max(0, used - self.kept)
+        grown = -(-(used - dropped + added) // GROWTH) * GROWTH + (GROWTH if self.kept is not None else 0)
+        self.keys = _resized(self.keys, keys, dropped, used, grown)
+        self.values = _resized(self.values, values, dropped, used, grown)
+        self.start += dropped
+
+
+def _resized(rows: mx.array | None, like: mx.array, first: int, last: int, capacity: int) -> mx.array:
+    """Rows [first, last) of a buffer at the front of a new one."""
+    batch, heads, _, size = like.shape
+    room = mx.zeros((batch, heads, capacity - (last - first), size), like.dtype)
+    return room if rows is None else mx.concatenate([rows[:, :, first:last], room], axis=2)

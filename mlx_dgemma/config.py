@@ -1,0 +1,243 @@
+"""What a checkpoint says about itself: `ModelConfig` and `GenerationConfig`, parsed and validated.
+
+Both spellings of config.json are read, and every key that transformers leaves out gets
+the default of transformers' class (`DiffusionGemmaTextConfig`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, UsageError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+MODEL_TYPE = "diffusion_gemma"
+
+DEFAULT_ROPE = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """The attention of one layer: its kind, its head sizes and its rotary embedding."""
+
+    kind: str
+    head_dim: int
+    num_key_value_heads: int
+    rope_theta: float
+    rotary_factor: float  # the share of the frequencies that turn
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.kind == SLIDING
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a DiffusionGemma, with one `LayerConfig` per layer."""
+
+    vocab_size: int = 262_144
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_attention_heads: int = 8
+    sliding_window: int = 512
+    num_experts: int
+    top_k_experts: int
+    moe_intermediate_size: int
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 131_072
+    final_logit_softcapping: float = 30.0
+    canvas_length: int = 256
+    layers: tuple[LayerConfig, ...]
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_ids: tuple[int, ...] = (1,)
+    image_token_ids: tuple[int, ...] = (255_999, 258_880, 258_882)
+    quantization: Mapping[str, Any] | None = None
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """Parse config.json. Raises InputError naming the key that is missing or unsupported."""
+        if raw.get("model_type") != MODEL_TYPE:
+            raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, this package runs {MODEL_TYPE!r}")
+        text = raw.get("text_config") or {}
+        if not isinstance(text, Mapping):
+            raise InputError(f"{where}: text_config must be an object")
+        _refuse_unsupported(raw, text, where)
+        values: dict[str, Any] = {
+            name: text[name] for name in _TEXT_KEYS if text.get(name) is not None
+        }
+        for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            if name not in values:
+                raise InputError(f"{where}: text_config.{name} is missing; it has no default")
+        if raw.get("canvas_length") is not None:
+            values["canvas_length"] = raw["canvas_length"]
+        for name, value in values.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+                raise InputError(f"{where}: {name} must be a positive number, not {value!r}")
+        for name in ("pad_token_id", "bos_token_id"):
+            if name in text:
+                values[name] = text[name]
+        if text.get("eos_token_id") is not None:
+            values["eos_token_ids"] = as_ids(text["eos_token_id"])
+        image = (raw.get("boi_token_id", 255_999), raw.get("image_token_id", 258_880), raw.get("eoi_token_id", 258_882))
+        config = cls(
+            **values,
+            layers=_layers(text, where),
+            image_token_ids=tuple(i for i in image if i is not None),
+            quantization=raw.get("quantization") or raw.get("quantization_config"),
+        )
+        config._validate(where)
+        return config
+
+    def _validate(self, where: str) -> None:
+        if self.top_k_experts > self.num_experts:
+            raise InputError(f"{where}: top_k_experts {self.top_k_experts} exceeds num_experts {self.num_experts}")
+        for index, layer in enumerate(self.layers):
+            if self.num_attention_heads % layer.num_key_value_heads:
+                raise InputError(
+                    f"{where}: layer {index} has {layer.num_key_value_heads} key/value heads, "
+                    f"which do not divide {self.num_attention_heads} query heads"
+                )
+            if layer.head_dim % 2:
+                raise InputError(f"{where}: layer {index} has an odd head_dim {layer.head_dim}")
+
+
+_TEXT_KEYS = (
+    "vocab_size hidden_size intermediate_size num_attention_heads sliding_window num_experts top_k_experts "
+    "moe_intermediate_size rms_norm_eps max_position_embeddings final_logit_softcapping"
+).split()
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any], where: str) -> None:
+    supported = {
+        "use_bidirectional_attention": (None, "vision", False),
+        "hidden_activation": (None, "gelu_pytorch_tanh"),
+        "attention_bias": (None, False),
+        "tie_word_embeddings": (None, True),
+    }
+    for key, values in supported.items():
+        if text.get(key) not in values:
+            raise InputError(f"{where}: text_config.{key} = {text[key]!r} is not supported")
+    if raw.get("tie_word_embeddings") is False:
+        raise InputError(f"{where}: tie_word_embeddings = false is not supported")
+
+
+def _layers(text: Mapping[str, Any], where: str) -> tuple[LayerConfig, ...]:
+    """Kinds, head sizes and rotary embedding of every layer, from either spelling."""
+    count = text.get("num_hidden_layers", 30)
+    kinds = text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
+    if len(kinds) != count or not set(kinds) <= {SLIDING, FULL}:
+        raise InputError(f"{where}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}")
+    kinds = [*kinds[:-1], FULL]  # the reference forces the last layer to full attention
+    heads = {"head_dim": text.get("head_dim", 256), "num_key_value_heads": text.get("num_key_value_heads", 4)}
+    full = {"head_dim": text.get("global_head_dim") or 512}
+    if text.get("num_global_key_value_heads"):
+        full["num_key_value_heads"] = text["num_global_key_value_heads"]
+    per_layer = text.get("per_layer_config")
+    rope = text.get("rope_parameters") or DEFAULT_ROPE
+    layers = []
+    for index, kind in enumerate(kinds):
+        if per_layer is not None:
+            overrides = per_layer.get(str(index), {})
+        else:
+            overrides = full if kind == FULL else {}
+        sizes = heads | {key: overrides[key] for key in heads if overrides.get(key) is not None}
+        layers.append(LayerConfig(kind=kind, **sizes, **_rotary(rope.get(kind), kind, where)))
+    return tuple(layers)
+
+
+def _rotary(parameters: Mapping[str, Any] | None, kind: str, where: str) -> dict[str, float]:
+    parameters = parameters or DEFAULT_ROPE[kind]
+    expected = DEFAULT_ROPE[kind]["rope_type"]
+    if parameters.get("rope_type", expected) != expected:
+        raise InputError(f"{where}: rope_type {parameters['rope_type']!r} for {kind} is not supported")
+    if parameters.get("factor", 1.0) != 1.0:
+        raise InputError(f"{where}: a rope factor of {parameters['factor']} for {kind} is not supported")
+    factor = parameters.get("partial_rotary_factor", 1.0)
+    if kind == SLIDING and factor != 1.0:
+        raise InputError(f"{where}: partial_rotary_factor {factor} for {kind} is not supported")
+    return {"rope_theta": float(parameters["rope_theta"]), "rotary_factor": float(factor)}
+
+
+def as_ids(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+    """An id or a list of ids, as a tuple."""
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Sampler options, with transformers' names and the reference's defaults."""
+
+    max_new_tokens: int = 256
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "generation_config.json") -> GenerationConfig:
+        """Parse generation_config.json; nulls mean the defaults, the entropy bound is nested."""
+        names = {field.name for field in fields(cls)}
+        values = {name: raw[name] for name in names & raw.keys() if raw[name] is not None}
+        sampler = raw.get("sampler_config") or {}
+        if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
+            raise InputError(f"{where}: sampler {sampler['_cls_name']!r} is not supported")
+        if sampler.get("entropy_bound") is not None:
+            values["entropy_bound"] = sampler["entropy_bound"]
+        if raw.get("eos_token_id") is not None:
+            values["eos_token_ids"] = as_ids(raw["eos_token_id"])
+        try:
+            return cls().replace(**values)
+        except UsageError as error:
+            raise InputError(f"{where}: {error}") from None
+
+    def replace(self, **options: Any) -> GenerationConfig:
+        """A copy with `options` (None: keep). Raises UsageError for a value out of range."""
+        changed = replace(self, **{name: value for name, value in options.items() if value is not None})
+        changed._validate()
+        return changed
+
+    def _validate(self) -> None:
+        for name in ("max_new_tokens", "max_denoising_steps", "stability_threshold"):
+            _require(self, name, type(getattr(self, name)) is int, "must be an integer")
+        for name in ("entropy_bound", "t_min", "t_max", "confidence_threshold"):
+            _require(self, name, type(getattr(self, name)) in (int, float), "must be a number")
+        positive = ("max_new_tokens", "max_denoising_steps", "entropy_bound", "t_max", "confidence_threshold")
+        for name in positive:
+            _require(self, name, getattr(self, name) > 0, "must be greater than 0")
+        for name in ("t_min", "stability_threshold"):
+            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+        _require(self, "t_min", self.t_min < self.t_max, f"must be below t_max, which is {self.t_max}")
+
+
+def _require(config: GenerationConfig, name: str, holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise UsageError(f"{name} {otherwise}, not {getattr(config, name)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError if it is missing or is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a checkpoint folder needs it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object")
+    return value

@@ -1,0 +1,174 @@
+"""load(): a checkpoint, from a folder, the Hub, or this package, as a model and its tokenizer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .checkpoint import Checkpoint, TensorInfo, module_name, tensor_name
+from .config import GenerationConfig, ModelConfig, as_ids, read_json
+from .errors import InputError
+from .memory import estimate, require_fit
+from .model import DiffusionGemma
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+NANO = "nano"
+EMBEDDED = Path(__file__).parent / "nano"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "*.model"]
+ESTIMATE_CONTEXT = 8192  # tokens that the memory estimate of load() assumes, if the model has as many
+CACHE_LIMIT = 2 << 30  # bytes of freed buffers that MLX may keep on a GPU
+
+
+def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `nano`, an existing folder, or a Hub id (downloaded if need be)."""
+    if str(path_or_repo) == NANO:
+        return EMBEDDED
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{path}: is a file; give the folder that holds config.json")
+    if not HUB_ID.fullmatch(str(path_or_repo)):
+        raise InputError(f"{path_or_repo}: no such folder, and not a Hub id (owner/name)")
+    return _download(str(path_or_repo), revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError:
+        raise InputError(f"{repo}: no such folder here and no such repository on the Hub (or it is gated)") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(
+            f"{repo}: no such folder here, and it cannot be downloaded from the Hub ({reason}); "
+            "check the name and the network"
+        ) from None
+
+
+def load(
+    path_or_repo: str | Path = NANO,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    dtype: mx.Dtype | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+) -> tuple[DiffusionGemma, TokenizerWrapper]:
+    """Load a checkpoint in the HF layout.
+
+    Args:
+        path_or_repo: "nano" (embedded in this package), a folder, or a Hub id.
+        tokenizer_config: extra arguments for the tokenizer.
+        dtype: of unquantised weights and activations. Default: as stored on a GPU, float32 on a CPU,
+            where MLX has no other expert matmul.
+        lazy: leave tensors on disk until first used.
+        revision: of the Hub repository.
+
+    Raises:
+        InputError: one line that names the file, key or tensor that is wrong.
+    """
+    folder = resolve(path_or_repo, revision)
+    model = load_model(folder, dtype=dtype, lazy=lazy)
+    tokenizer = load_tokenizer(folder, model, tokenizer_config)
+    if not model.generation_config.eos_token_ids:
+        model.generation_config = model.generation_config.replace(eos_token_ids=tuple(sorted(tokenizer.eos_token_ids)))
+    return model, tokenizer
+
+
+def load_model(folder: str | Path, *, dtype: mx.Dtype | None = None, lazy: bool = False) -> DiffusionGemma:
+    """The model of a checkpoint folder, with its `generation_config`; see `load`."""
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    config = ModelConfig.from_dict(raw, str(folder / "config.json"))
+    checkpoint = Checkpoint(folder)
+    tensors = checkpoint.text_tensors()
+    if dtype is None and mx.default_device() == mx.cpu:
+        dtype = mx.float32
+    model = DiffusionGemma(config)
+    _quantize(model, config, {module_name(name) for name in tensors})
+    _check_names(model, tensors, folder)
+    weights = {module_name(name): _cast(array, dtype) for name, array in checkpoint.arrays(tensors).items()}
+    model.load_weights(list(weights.items()))
+    model.eval()
+    model.generation_config = _generation_config(folder, raw, config)
+    context = min(ESTIMATE_CONTEXT, config.max_position_embeddings)
+    model.memory = estimate(config, sum(w.nbytes for w in weights.values()), model.dtype, context)
+    require_fit(model.memory, str(folder))
+    if mx.default_device() == mx.gpu:
+        mx.set_cache_limit(CACHE_LIMIT)
+    if not lazy:
+        mx.eval(model.parameters())
+    return model
+
+
+def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    is_float = mx.issubdtype(array.dtype, mx.floating)
+    return array.astype(dtype) if dtype is not None and is_float else array
+
+
+def _quantize(model: DiffusionGemma, config: ModelConfig, paths: set[str]) -> None:
+    """Give the model the quantised modules that the checkpoint has scales for."""
+    if config.quantization is None:
+        return
+    settings = dict(config.quantization)
+
+    def quantised(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in paths or not hasattr(module, "to_quantized"):
+            return False
+        own = settings.get(path)
+        return own if isinstance(own, dict) else True
+
+    try:
+        size, bits, mode = settings["group_size"], settings["bits"], settings.get("mode", "affine")
+    except KeyError as error:
+        raise InputError(f"config.json: quantization has no {error}; this kind is not supported") from None
+    nn.quantize(model, group_size=size, bits=bits, mode=mode, class_predicate=quantised)
+
+
+def _check_names(model: DiffusionGemma, tensors: dict[str, TensorInfo], folder: Path) -> None:
+    """Every tensor of the model is there, with its shape, and no other."""
+    expected = {tensor_name(path): array.shape for path, array in tree_flatten(model.parameters())}
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise InputError(f"{folder}: tensor {name} is missing, which config.json calls for")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise InputError(f"{tensors[name].shard}: tensor {name} has no place in the model of config.json")
+    for name, info in sorted(tensors.items()):
+        if info.shape != tuple(expected[name]):
+            raise InputError(
+                f"{info.shard}: tensor {name} has the shape {info.shape}, config.json calls for {tuple(expected[name])}"
+            )
+
+
+def _generation_config(folder: Path, raw: dict[str, Any], config: ModelConfig) -> GenerationConfig:
+    """generation_config.json if there is one; eos from there, else from text_config."""
+    path = folder / "generation_config.json"
+    generation = GenerationConfig.from_dict(read_json(path), str(path)) if path.exists() else GenerationConfig()
+    eos = (raw.get("text_config") or {}).get("eos_token_id")
+    if not generation.eos_token_ids and eos is not None:
+        generation = generation.replace(eos_token_ids=as_ids(eos))
+    if generation.pad_token_id is None:
+        generation = generation.replace(pad_token_id=config.pad_token_id)
+    return generation
+
+
+def load_tokenizer(folder: Path, model: DiffusionGemma, extra: dict[str, Any] | None = None) -> TokenizerWrapper:
+    """mlx_lm's wrapper around the checkpoint's tokenizer."""
+    from mlx_lm.tokenizer_utils import load as load_wrapped
+
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        raise InputError(f"{folder}: no tokenizer.json here; take it from the original checkpoint")
+    try:
+        return load_wrapped(folder, extra, eos_token_ids=list(model.generation_config.eos_token_ids) or None)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,64 @@
+"""How much memory a model will need, and how much there is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .cache import GROWTH
+from .config import ModelConfig
+from .errors import InputError
+from .layers import SCORES_BUDGET
+from .sampling import VOCAB_CHUNK
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes needed to run a model, by what they are for."""
+
+    weights: int
+    kv: int
+    step: int
+    context: int  # tokens that `kv` and `step` were computed for
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.step
+
+    def __str__(self) -> str:
+        parts = f"weights {self.weights / GB:.2f} + KV {self.kv / GB:.2f} + step {self.step / GB:.2f} GB"
+        return f"{self.total / GB:.2f} GB ({parts} at {self.context} tokens)"
+
+
+def estimate(config: ModelConfig, weights: int, dtype: mx.Dtype, context: int) -> MemoryEstimate:
+    """What `weights` bytes of parameters need beside them to decode behind `context` tokens."""
+    rows = {True: min(context, config.sliding_window + 2 * GROWTH), False: context}
+    kv = sum(2 * rows[x.is_sliding] * x.num_key_value_heads * x.head_dim * dtype.size for x in config.layers)
+    canvas = config.canvas_length
+    # float32 temporaries of one vocabulary slice, z of all slices, and scores over the prefix
+    vocabulary = canvas * (6 * 4 * min(VOCAB_CHUNK, config.vocab_size) + dtype.size * config.vocab_size)
+    scores = dtype.size * min(SCORES_BUDGET, config.num_attention_heads * canvas * (context + canvas))
+    return MemoryEstimate(weights, kv, vocabulary + scores, context)
+
+
+def machine_memory() -> int:
+    """Bytes of memory that the default device can use."""
+    if mx.default_device() == mx.gpu:
+        info = mx.device_info()
+        for key in ("memory_size", "total_memory"):
+            if key in info:
+                return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_fit(need: MemoryEstimate, where: str) -> None:
+    """Raise InputError if weights, KV and one step cannot fit in this machine's memory."""
+    have = machine_memory()
+    if need.total > have:
+        raise InputError(
+            f"{where}: needs about {need}, this machine has {have / GB:.2f} GB; take a quantised checkpoint"
+        )
