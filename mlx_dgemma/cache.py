@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .config import LayerConfig, ModelConfig
+from .config import ModelConfig
 
 GROWTH = 256  # rows by which a buffer grows at least, as in mlx_lm
 
@@ -46,7 +46,9 @@ class PrefixCache:
             raise ValueError(f"slack must not be negative, not {slack}")
         self.slack = slack
         window = config.sliding_window - 1
-        self.layers = [LayerRows(window, window + slack) if layer.is_sliding else LayerRows() for layer in config.layers]
+        self.layers = [
+            LayerRows(window, window + slack) if layer.is_sliding else LayerRows() for layer in config.layers
+        ]
 
     @property
     def length(self) -> int:

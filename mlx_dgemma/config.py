@@ -74,9 +74,7 @@ class ModelConfig:
         if not isinstance(text, Mapping):
             raise InputError(f"{where}: text_config must be an object")
         _refuse_unsupported(raw, text, where)
-        values: dict[str, Any] = {
-            name: text[name] for name in _TEXT_KEYS if text.get(name) is not None
-        }
+        values: dict[str, Any] = {name: text[name] for name in _TEXT_KEYS if text.get(name) is not None}
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
             if name not in values:
                 raise InputError(f"{where}: text_config.{name} is missing; it has no default")
@@ -114,9 +112,18 @@ class ModelConfig:
 
 
 _TEXT_KEYS = (
-    "vocab_size hidden_size intermediate_size num_attention_heads sliding_window num_experts top_k_experts "
-    "moe_intermediate_size rms_norm_eps max_position_embeddings final_logit_softcapping"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "sliding_window",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "final_logit_softcapping",
+)
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any], where: str) -> None:

@@ -69,9 +69,7 @@ class Rotary:
         self.periods = mx.array(rotary_periods(layer.head_dim, layer.rope_theta, layer.rotary_factor))
 
     def __call__(self, x: mx.array, offset: int) -> mx.array:
-        return mx.fast.rope(
-            x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods
-        )
+        return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 
 class Pass:

@@ -142,9 +142,7 @@ class DiffusionGemma(nn.Module):
             hidden = layer(hidden, run, layer.layer_scalar)
         return self.model.decoder.norm(hidden)
 
-    def denoise(
-        self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None
-    ) -> mx.array:
+    def denoise(self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None = None) -> mx.array:
         """`denoise_hidden` from and to whole logits: (B, C) and previous processed logits -> (B, C, V)."""
         soft = None if self_conditioning is None else self.soft_embedding(self_conditioning)
         return self.logits(self.denoise_hidden(canvas, cache, soft))

@@ -103,7 +103,14 @@ def summarise(
             rounded_sums.add(rounded.astype(mx.float32))
         kept.append(rounded if keeps else None)
         if len(slices) > 1:  # in order, so that slices do not pile up; this does not wait
-            mx.async_eval(best.ids, draw.ids, sums.total, sums.spread, rounded_sums.total, *(k for k in kept[-1:] if k is not None))
+            mx.async_eval(
+                best.ids,
+                draw.ids,
+                sums.total,
+                sums.spread,
+                rounded_sums.total,
+                *(k for k in kept[-1:] if k is not None),
+            )
 
     mixed = mx.zeros((), mx.float32)
     for ids, rounded in zip(slices, kept, strict=True):

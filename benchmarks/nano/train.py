@@ -252,7 +252,11 @@ def train(args: argparse.Namespace) -> None:
     model = DiffusionGemmaForBlockDiffusion(nano_config(len(tokenizer)))
     model.set_attn_implementation("eager")
     model.train()
-    scalars = [layer.layer_scalar for stack in (model.model.decoder, model.model.encoder.language_model) for layer in stack.layers]
+    scalars = [
+        layer.layer_scalar
+        for stack in (model.model.decoder, model.model.encoder.language_model)
+        for layer in stack.layers
+    ]
     parameters = [p for n, p in model.named_parameters() if "vision" not in n] + [s.requires_grad_() for s in scalars]
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
@@ -275,7 +279,10 @@ def train(args: argparse.Namespace) -> None:
         now = [diffusion.item(), following.item(), correct.item()]
         averages = [0.98 * a + 0.02 * n for a, n in zip(averages, now, strict=True)] if step > 1 else now
         if step % 50 == 0 or step == 1:
-            log.append({"step": step, "minutes": (time.time() - started) / 60} | dict(zip(("diffusion", "next_token", "canvas_exact"), averages, strict=True)))
+            log.append(
+                {"step": step, "minutes": (time.time() - started) / 60}
+                | dict(zip(("diffusion", "next_token", "canvas_exact"), averages, strict=True))
+            )
             print(json.dumps(log[-1]), flush=True)
         if step % 500 == 0:
             save(model, tokenizer, Path(args.out))

@@ -1,0 +1,37 @@
+"""DiffusionGemma on MLX.
+
+from mlx_dgemma import load, generate
+
+model, tokenizer = load("nano")
+print(generate(model, tokenizer, "json name=Ann age=31 city=Oslo"))
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError, UsageError
+
+# `generate` is a function and a submodule: importing the function here binds the name to it for good.
+from .generate import generate, stream_generate
+from .response import GenerationResponse
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from .model import DiffusionGemma
+
+try:
+    __version__ = version("mlx-dgemma")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+__all__ = ["GenerationResponse", "InputError", "UsageError", "generate", "load", "stream_generate"]
+
+
+def load(path_or_repo: str = "nano", **options: Any) -> tuple[DiffusionGemma, TokenizerWrapper]:
+    """A checkpoint ("nano", a folder or a Hub id) as (model, tokenizer); see `mlx_dgemma.loading.load`."""
+    from .loading import load as load_checkpoint
+
+    return load_checkpoint(path_or_repo, **options)

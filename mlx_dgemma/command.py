@@ -1,0 +1,32 @@
+"""What all commands share: how they end. A user's mistake is one line and a status, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import InputError, UsageError
+
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def run_command(
+    command: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parse, run, and exit: 2 for bad usage, 1 for a failed run; `--debug` keeps the traceback."""
+    args = parser.parse_args(argv)
+    try:
+        status = command(args)
+    except (InputError, OSError, MemoryError) as error:
+        if getattr(args, "debug", False):
+            raise
+        print(f"{parser.prog}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(BAD_USAGE if isinstance(error, UsageError) else FAILED)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    if status:
+        sys.exit(status)

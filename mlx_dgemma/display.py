@@ -1,0 +1,108 @@
+"""Responses in a terminal: the answer as it becomes final and, if asked for, the canvas settling."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from .response import GenerationResponse, statistics
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+RULE = "=" * 10
+DIM, PLAIN, UP, CLEAR_BELOW = "\x1b[2m", "\x1b[0m", "\x1b[{}A", "\x1b[J"
+
+
+def show(
+    responses: Iterable[GenerationResponse],
+    tokenizer: TokenizerWrapper,
+    *,
+    verbose: bool = True,
+    denoising: bool = False,
+) -> str:
+    """Print responses as they come; returns the text. `verbose` adds rules and statistics, as mlx_lm does."""
+    view = CanvasView(tokenizer) if denoising else None
+    text, thinking, last = "", False, None
+    if verbose:
+        print(RULE)
+    for last in responses:
+        if last.is_draft:
+            view.draw(last)
+            continue
+        if view is not None:
+            view.erase()
+        if last.reasoning:
+            print(last.reasoning, end="", flush=True)
+            thinking = True
+        if last.text:
+            print(("\n---\n" if thinking else "") + last.text, end="", flush=True)
+            text, thinking = text + last.text, False
+    print()
+    if verbose and last is not None:
+        print(RULE)
+        print(statistics(last))
+    return text
+
+
+class CanvasView:
+    """The canvas, redrawn at every step: what is accepted plainly, the rest dimmed.
+
+    Where the output is not a terminal, a line per step.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer = tokenizer
+        self._live = sys.stdout.isatty()
+        self._lines = 0
+
+    def draw(self, response: GenerationResponse) -> None:
+        accepted, total = sum(response.draft_accepted), len(response.draft_accepted)
+        head = f"[canvas {response.canvas_index} step {response.draft_step}: {accepted}/{total} accepted]"
+        if not self._live:
+            print(head, repr(self._until_end(response.draft_text)))
+            return
+        self.erase()
+        lines = [head, *self._colored(response)]
+        print("\n".join(lines), flush=True)
+        self._lines = len(lines)
+
+    def erase(self) -> None:
+        if self._lines:
+            print(UP.format(self._lines) + "\r" + CLEAR_BELOW, end="", flush=True)
+            self._lines = 0
+
+    def _until_end(self, text: str) -> str:
+        for marker in (self._tokenizer.eos_token, self._tokenizer.pad_token):
+            if marker:
+                text = text.partition(marker)[0]
+        return text
+
+    def _colored(self, response: GenerationResponse) -> list[str]:
+        """Lines no wider than the terminal, unsettled characters dimmed."""
+        width, height = shutil.get_terminal_size()
+        cells: list[tuple[str, bool]] = []
+        pairs = zip(response.draft_tokens, response.draft_accepted, strict=True)
+        pad = self._tokenizer.pad_token_id
+        kept = [(token, sure) for token, sure in pairs if token != pad]
+        for sure, run in groupby(kept, key=lambda pair: pair[1]):
+            piece = self._tokenizer.decode([token for token, _ in run])
+            cells += [(character, sure) for character in piece]
+        lines: list[list[tuple[str, bool]]] = [[]]
+        for character, sure in cells:
+            if character == "\n" or len(lines[-1]) == width - 1:
+                lines.append([])
+            if character.isprintable():
+                lines[-1].append((character, sure))
+        return [_styled(line) for line in lines[: max(1, height - 3)]]
+
+
+def _styled(line: list[tuple[str, bool]]) -> str:
+    parts = []
+    for sure, run in groupby(line, key=lambda cell: cell[1]):
+        piece = "".join(character for character, _ in run)
+        parts.append(piece if sure else DIM + piece + PLAIN)
+    return "".join(parts)

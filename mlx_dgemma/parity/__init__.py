@@ -1,0 +1,1 @@
+"""Sameness with the reference: `record` a run of transformers, `check` that this package repeats it."""

@@ -1,0 +1,137 @@
+"""A bundle: one recorded run of the reference, as a folder.
+
+    bundle.json         what was run, with what, and the reference's own error in every quantity
+    bundle.safetensors  inputs, truth in float64, draws, decisions
+    model/              the checkpoint, if it is a tiny one
+
+A quantity is named `<pass>/<what>`: the passes are `encode.<canvas>` and `denoise.<canvas>.<step>`,
+and `steps/<what>` holds all denoising steps of all canvases in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ..config import read_json
+from ..errors import InputError, UsageError
+
+SCHEMA = 1
+EPSILON = 2.0**-23  # of float32: no error below this share of a quantity's size is held against anyone
+DETAILED = ((0, 0), (0, 1), (1, 0))  # (canvas, step) of the denoising passes whose layers are kept
+MAX_COLUMNS = 4096  # ids whose logits are kept
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far an array is from the truth: the worst entry and the root mean square."""
+
+    max: float
+    rms: float
+
+    @classmethod
+    def between(cls, got: np.ndarray, truth: np.ndarray) -> Error:
+        difference = np.abs(np.asarray(got, np.float64) - truth)
+        return cls(float(difference.max()), float(np.sqrt(np.mean(difference**2))))
+
+
+@dataclass(frozen=True)
+class Bundle:
+    folder: Path
+    facts: dict[str, Any]  # bundle.json
+    arrays: dict[str, np.ndarray]  # bundle.safetensors
+
+    def floor(self, quantity: str) -> Error:
+        """The error that float32 is allowed to have: the reference's own, but at least one rounding."""
+        own = self.facts["floors"][quantity]
+        rounding = EPSILON * own["scale"]
+        return Error(max(own["max"], rounding), max(own["rms"], rounding))
+
+    def own(self, quantity: str) -> Error:
+        """The error of the reference in float32."""
+        own = self.facts["floors"][quantity]
+        return Error(own["max"], own["rms"])
+
+
+def kept_rows(length: int) -> list[int]:
+    """Positions of a pass that are kept: the first two, which see least, and the last four."""
+    return sorted({*range(min(2, length)), *range(max(0, length - 4), length)})
+
+
+def column_step(vocab_size: int) -> int:
+    """Every how-many-th id of the vocabulary has its logits kept."""
+    return -(-vocab_size // MAX_COLUMNS)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` if the block succeeds, and else is removed.
+
+    Raises UsageError if `out` exists or its parent does not.
+    """
+    if out.exists():
+        raise UsageError(f"--out {out}: exists already; remove it or name another folder")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        work.chmod(0o755)
+        yield work
+        os.rename(work, out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write(folder: Path, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Put a bundle into an existing folder."""
+    data = folder / "bundle.safetensors"
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, data)
+    facts = {"schema": SCHEMA, **facts, "sha256": file_hash(data)}
+    (folder / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Bundle:
+    """Read a bundle. Raises InputError if it is damaged or of another schema."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; a bundle is what `parity record --out` wrote")
+    facts = read_json(folder / "bundle.json")
+    if facts.get("schema") != SCHEMA:
+        raise InputError(f"{folder}: schema {facts.get('schema')}, this version reads {SCHEMA}; record it again")
+    data = folder / "bundle.safetensors"
+    if not data.is_file():
+        raise InputError(f"{data}: no such file; record the bundle again")
+    if file_hash(data) != facts.get("sha256"):
+        raise InputError(f"{data}: is not what was recorded (sha256 differs); record the bundle again")
+    try:
+        return Bundle(folder, facts, load_file(data))
+    except SafetensorError as error:
+        raise InputError(f"{data}: cannot be read ({error}); record the bundle again") from None
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """One hash of all weight files of a checkpoint. Raises InputError if there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: no .safetensors file; give a checkpoint folder")
+    return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()

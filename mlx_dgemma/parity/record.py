@@ -1,0 +1,394 @@
+"""Record a run of transformers' DiffusionGemma: what it computes, draws and decides, and its own error.
+
+The truth is the same code in float64. The decisions are those of a real `generate` in float32; both
+precisions are then walked through them, and their difference is the noise floor of every quantity.
+
+The only module here that imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from ..config import GenerationConfig, ModelConfig, read_json
+from ..errors import InputError, UsageError
+from . import bundle
+from .shapes import SAMPLING, Shape
+
+try:
+    import torch
+    import transformers
+    from torch.overrides import TorchFunctionMode
+    from transformers import DynamicCache
+    from transformers.models.diffusion_gemma import configuration_diffusion_gemma as configuration
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+    from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modeling
+except ImportError as error:
+    raise InputError(
+        f"recording needs torch and transformers >= 5.23 ({error}); pip install 'mlx-dgemma[reference]'"
+    ) from None
+
+Reference = modeling.DiffusionGemmaForBlockDiffusion
+LEAST_VISION = {  # checkpoints have a vision tower; nothing here runs it
+    "hidden_size": 4,
+    "intermediate_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "patch_size": 1,
+    "position_embedding_size": 4,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked of the reference."""
+
+    name: str  # of the model, as check can find it again
+    prompt: np.ndarray  # (B, L) ids
+    sampling: GenerationConfig
+    seed: int
+
+
+def record_tiny(shape: Shape, name: str, out: Path, device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
+    """Make the random model of `shape` and record it, its checkpoint inside the bundle; returns bundle.json.
+
+    Raises InputError if the run shows too little (see `record_folder`), UsageError if `out` exists.
+    """
+    seed = shape.seed if seed is None else seed
+    random = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(3, shape.text["vocab_size"], (shape.batch, shape.prefix), generator=random).numpy()
+    sampling = GenerationConfig().replace(
+        **SAMPLING | {"max_new_tokens": shape.canvases * shape.canvas_length} | shape.sampling
+    )
+    with bundle.new_folder(out) as work:
+        _save_random(shape, random, work / "model")
+        return _record(work / "model", Run(name, prompt, sampling, seed), work, device)
+
+
+def record_folder(folder: Path, run: Run, out: Path, device: str = "cpu") -> dict[str, Any]:
+    """Record a run of a checkpoint folder; returns bundle.json.
+
+    Raises InputError if the run has fewer than two canvases or the first fewer than two steps:
+    nothing then shows a cache that grows, or self-conditioning. UsageError if `out` exists.
+    """
+    with bundle.new_folder(out) as work:
+        return _record(folder, run, work, device)
+
+
+def _record(folder: Path, run: Run, work: Path, device: str) -> dict[str, Any]:
+    model = _load(folder, device)
+    config = read_json(folder / "config.json")
+    sizes = ModelConfig.from_dict(config, str(folder / "config.json"))
+    run = replace(run, sampling=_with_defaults(run.sampling, sizes))
+    story = _generate(model, run)
+    columns = bundle.column_step(sizes.vocab_size)
+    single = _walk(model, story, run, columns)
+    _check_story(story, single)
+    with _float64(model) as exact:
+        truth = _walk(exact, story, run, columns)
+    floors = {name: _floor(single[name], truth[name], story) for name in truth if truth[name].dtype == np.float64}
+    _check_choices(single, truth)
+    facts = {
+        "model": run.name,
+        "checkpoint": bundle.checkpoint_hash(folder),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "dtype": "float32",
+        "seed": run.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        },
+        "config": config,
+        "sampling": vars(run.sampling),
+        "canvases": [len(steps) for steps in story.steps],
+        "columns": columns,
+        "floors": floors,
+    }
+    bundle.write(work, facts, truth | story.arrays())
+    return facts
+
+
+def _with_defaults(sampling: GenerationConfig, config: ModelConfig) -> GenerationConfig:
+    """End-of-sequence ids are always passed: where generate would look for them differs by version."""
+    eos = sampling.eos_token_ids or config.eos_token_ids
+    pad = config.pad_token_id if sampling.pad_token_id is None else sampling.pad_token_id
+    return sampling.replace(eos_token_ids=eos, pad_token_id=pad)
+
+
+# --- models
+
+
+def _load(folder: Path, device: str) -> Reference:
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = Reference.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.to(device).eval()
+
+
+def _save_random(shape: Shape, random: torch.Generator, folder: Path) -> None:
+    text = configuration.DiffusionGemmaTextConfig(**copy.deepcopy(shape.text))
+    config = configuration.DiffusionGemmaConfig(
+        text_config=text.to_dict(), vision_config=dict(LEAST_VISION), canvas_length=shape.canvas_length
+    )
+    model = Reference(config)
+    with torch.no_grad():
+        for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+            tensor.copy_(_spread(name, tensor, shape, random))
+    model.to(torch.bfloat16).save_pretrained(folder)  # half the size; float32 holds the same values
+    if shape.spelled_out:
+        _respell(folder / "config.json", shape)
+
+
+def _spread(name: str, tensor: torch.Tensor, shape: Shape, random: torch.Generator) -> torch.Tensor:
+    """Random values of a size at which every parameter matters and nothing saturates."""
+    uniform = 2 * torch.rand(tensor.shape, generator=random) - 1  # (-1, 1)
+    if name.endswith("layer_scalar"):
+        return shape.scalar * (1 + 0.2 * uniform)
+    if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
+        return shape.embedding * 3**0.5 * uniform
+    if tensor.ndim < 2:  # norms and the router's scales
+        return 1 + 0.4 * uniform
+    size = 3.0 if name.endswith("router.proj.weight") else 1.0
+    return size * 3**0.5 * uniform * (1 if "router" in name else tensor.shape[-1] ** -0.5)
+
+
+def _respell(path: Path, shape: Shape) -> None:
+    """Write config.json as it was before `per_layer_config`, without the keys that have defaults."""
+    config = json.loads(path.read_text())
+    text = config["text_config"]
+    for key in ("per_layer_config", "layer_types", "rope_parameters"):
+        text.pop(key, None)
+    text |= {key: shape.text[key] for key in ("global_head_dim", "num_global_key_value_heads")}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+# --- truth
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Whatever asks for float32 of a float64 tensor gets float64.
+
+    The reference does so in norms, softmax and logits. Cosines are taken in float64 too, but of
+    float32 angles: those, as the product of position and inverse frequency, define the model.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if tensor is not None and function in (torch.Tensor.cos, torch.Tensor.sin):
+            return function(tensor.double())
+        if tensor is not None and tensor.dtype == torch.float64:
+            if function is torch.Tensor.float:
+                return tensor
+            args = [torch.float64 if value is torch.float32 else value for value in args]
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _float64(model: Reference) -> Iterator[Reference]:
+    """A copy of the model that computes in float64 throughout."""
+    frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    exact = copy.deepcopy(model).double()
+    for name, buffer in frequencies.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(exact.get_submodule(owner), leaf, buffer)
+    with _KeepFloat64():
+        yield exact
+
+
+# --- decisions
+
+
+@dataclass
+class Story:
+    """What `generate` drew and decided: steps[canvas][step] has arrays by name, each (B, C) or (B,)."""
+
+    prompt: np.ndarray
+    steps: list[list[dict[str, np.ndarray]]]
+    sequences: np.ndarray
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Ids that are encoded before each canvas."""
+        length = self.steps[0][0]["canvas"].shape[1]
+        first = self.prompt.shape[1]
+        yield self.prompt
+        for index in range(len(self.steps) - 1):
+            yield self.sequences[:, first + index * length : first + (index + 1) * length]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As they are stored: steps of all canvases in order, ids in 32 bits."""
+        flat = [step for steps in self.steps for step in steps]
+        arrays = {f"steps/{name}": np.stack([step[name] for step in flat]) for name in flat[0]}
+        arrays |= {"prompt": self.prompt, "sequences": self.sequences}
+        return {name: _narrow(array) for name, array in arrays.items()}
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
+def _generate(model: Reference, run: Run) -> Story:
+    """Run transformers' own `generate`, listening to its draws and decisions."""
+    steps: list[list[dict[str, np.ndarray]]] = []
+    draws: dict[str, torch.Tensor] = {}
+    take_step, multinomial, uniform = (
+        model._denoising_step,
+        torch.multinomial,
+        generation.EntropyBoundSampler.initialize_canvas,
+    )
+
+    def listen_tokens(*args, **kwargs):
+        draws["token"] = multinomial(*args, **kwargs)
+        return draws["token"]
+
+    def listen_uniform(*args, **kwargs):
+        draws["renoise"] = uniform(*args, **kwargs)
+        return draws["renoise"]
+
+    def listen_step(**given):
+        if given["self_conditioning_logits"] is None:
+            steps.append([])
+        canvas, ran = given["current_canvas"].clone(), ~given["finished_denoising"]
+        result = take_step(**given)
+        step = {
+            "canvas": canvas,
+            "token": draws["token"].view(canvas.shape),
+            "renoise": draws["renoise"],
+            "accepted": given["sampler"].accepted_token_mask,
+            "best": result[1],
+            "ran": ran,
+            "done": result[3],
+        }
+        steps[-1].append({name: value.cpu().numpy().copy() for name, value in step.items()})
+        return result
+
+    options = dict(vars(run.sampling))
+    options["sampler_config"] = generation.EntropyBoundSamplerConfig(float(options.pop("entropy_bound")))
+    options["eos_token_id"] = list(options.pop("eos_token_ids"))
+    torch.manual_seed(run.seed)
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(model, "_denoising_step", listen_step))
+        patches.enter_context(mock.patch.object(torch, "multinomial", listen_tokens))
+        patches.enter_context(mock.patch.object(generation.EntropyBoundSampler, "initialize_canvas", listen_uniform))
+        prompt = torch.tensor(run.prompt, device=model.device)
+        output = model.generate(prompt, generation_config=generation.DiffusionGemmaGenerationConfig(**options))
+    if len(steps) < 2 or len(steps[0]) < 2:
+        raise InputError(
+            f"the run has {len(steps)} canvases and {len(steps[0])} steps in the first; it takes two of each: "
+            "try another --seed or --max-new-tokens"
+        )
+    return Story(run.prompt, steps, output.sequences.cpu().numpy())
+
+
+# --- quantities
+
+
+class _Listener:
+    """Keeps what layers, routers and self-conditioning hand on in one pass, rows `kept_rows` alone."""
+
+    def __init__(self, model: Reference):
+        self.seen: dict[str, np.ndarray] = {}
+        self.batch = 1
+        inner = model.model
+        for stack in (inner.encoder.language_model, inner.decoder):
+            for index, layer in enumerate(stack.layers):
+                layer.register_forward_hook(self._hidden(f"layer.{index}"))
+                layer.router.register_forward_hook(self._choice(index))
+            stack.norm.register_forward_hook(self._hidden("norm"))
+        inner.decoder.self_conditioning.register_forward_hook(self._soft)
+
+    def start(self, batch: int) -> None:
+        self.seen, self.batch = {}, batch
+
+    def keep(self, name: str, value: torch.Tensor) -> None:
+        """Keep rows of (B, L, ...)."""
+        kept = value[:, bundle.kept_rows(value.shape[1])].detach().cpu()
+        self.seen[name] = (kept.double() if kept.is_floating_point() else kept.int()).numpy().copy()
+
+    def _hidden(self, name: str):
+        return lambda module, given, out: self.keep(name, out)
+
+    def _soft(self, module, given, out) -> None:
+        self.keep("soft", given[1])
+
+    def _choice(self, index: int):
+        def hook(module, given, out) -> None:
+            probabilities, _, ids = out
+            count = ids.shape[-1]
+            ranked = probabilities.double().sort(dim=-1, descending=True).values
+            margin = 1 - ranked[:, count] / ranked[:, count - 1] if ranked.shape[-1] > count else ranked[:, 0] * 0 + 1
+            self.keep(f"router.{index}", ids.sort(dim=-1).values.view(self.batch, -1, count))
+            self.keep(f"margin.{index}", margin.view(self.batch, -1))
+
+        return hook
+
+
+@torch.no_grad()
+def _walk(model: Reference, story: Story, run: Run, columns: int) -> dict[str, np.ndarray]:
+    """Every quantity of the recorded run, computed with this model; floats come as float64."""
+    model = copy.copy(model)
+    listener = _Listener(model)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    batch = len(story.prompt)
+    quantities: dict[str, np.ndarray] = {}
+    per_step: dict[str, list[np.ndarray]] = {}
+    for index, (block, steps) in enumerate(zip(story.blocks(), story.steps, strict=True)):
+        listener.start(batch)
+        ids = torch.tensor(block, device=model.device, dtype=torch.long)
+        hidden = model.model.encoder(input_ids=ids, past_key_values=cache).last_hidden_state
+        listener.keep("logits", _softcapped(model, hidden)[..., ::columns])
+        quantities |= {f"encode.{index}/{name}": value for name, value in listener.seen.items()}
+        z = None
+        for number, step in enumerate(steps):
+            listener.start(batch)
+            canvas = torch.tensor(step["canvas"], device=model.device, dtype=torch.long)
+            logits = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=z).logits
+            listener.keep("logits", logits[..., ::columns])
+            if (index, number) in bundle.DETAILED:
+                seen = {name: value for name, value in listener.seen.items() if name != "soft" or z is not None}
+                quantities |= {f"denoise.{index}.{number}/{name}": value for name, value in seen.items()}
+            z = _schedule(run.sampling, number)(None, logits)
+            for name, value in _decisive(z, run.sampling).items():
+                per_step.setdefault(name, []).append(value.double().cpu().numpy())
+    return quantities | {f"steps/{name}": np.stack(values) for name, values in per_step.items()}
+
+
+def _softcapped(model: Reference, hidden: torch.Tensor) -> torch.Tensor:
+    cap = model.final_logit_softcapping
+    return torch.tanh(model.lm_head(hidden) / cap) * cap
+
+
+def _schedule(sampling: GenerationConfig, number: int):
+    processor = generation.LinearTemperatureScheduleLogitsProcessor(
+        sampling.t_min, sampling.t_max, sampling.max_denoising_steps
+    )
+    remaining = torch.tensor(sampling.max_denoising_steps - number, dtype=torch.int32)
+    return lambda ids, logits: processor(ids, logits, remaining.to(logits.device))
+
+
+def _decisive(z: torch.Tensor, sampling: GenerationConfig) -> dict[str, torch.Tensor]:
+    """What decisions rest on, and how far each is from turning: all (B, C)."""
+    entropy = torch.distributions.Categorical(logits=z).entropy()
+    top = z.topk(2, dim=-1).values
+    ascending, order = entropy.sort(dim=-1)
+    before = ascending.cumsum(dim=-1) - ascending
+    slack = torch.zeros_like(entropy).scatter(-1, order, (before - sampling.entropy_bound).abs())
+    return {"entropy": entropy, "peak": top[..., 0], "gap": top[..., 0] - top[..., 1], "slack": slack}

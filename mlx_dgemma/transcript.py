@@ -1,0 +1,103 @@
+"""Ids into text as they become final: thinking apart, stop strings cut, no half characters, no markers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became readable: of the answer, and of the thinking before it."""
+
+    text: str = ""
+    reasoning: str = ""
+
+
+class Transcript:
+    """Consumes ids in order, hands out pieces.
+
+    Args:
+        tokenizer: its thinking markers, if it has any, split thinking from answer.
+        stop: strings that end the answer; neither they nor what follows is handed out.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, stop: Sequence[str] = ()):
+        self._stop = [string for string in stop if string]
+        self._special = set(tokenizer.all_special_ids)
+        self._opens = tokenizer.think_start_tokens[0] if tokenizer.has_thinking else None
+        self._closes = tokenizer.think_end_tokens[-1] if tokenizer.has_thinking else None
+        self._tokenizer = tokenizer
+        self._answer, self._thought = _Section(tokenizer), _Section(tokenizer)
+        self._thinking, self._named = False, False
+        self._held = ""  # the end of the answer that may turn out to begin a stop string
+        self.stopped = False
+
+    def add(self, ids: Iterable[int]) -> Piece:
+        """Read more ids; after a stop string has been met, nothing more is handed out."""
+        for token in ids:
+            if token == self._opens:
+                self._thinking, self._named = True, False
+            elif token == self._closes:
+                self._thinking = False
+            elif token not in self._special:
+                (self._thought if self._thinking else self._answer).add(token)
+        return self._hand_out(self._answer.take(), self._thought.take(), last=False)
+
+    def finish(self) -> Piece:
+        """What was still held back."""
+        return self._hand_out(self._answer.take(last=True), self._thought.take(last=True), last=True)
+
+    def _hand_out(self, text: str, thought: str, last: bool) -> Piece:
+        if not self._named and (self._thinking or thought):  # the channel's name is its first line
+            name, newline, rest = thought.partition("\n")
+            if newline or last:
+                thought, self._named = rest, True
+            else:
+                self._thought.put_back(thought)
+                thought = ""
+        if self.stopped:
+            return Piece()
+        text = self._held + text
+        self._held = ""
+        cut = min((at for at in map(text.find, self._stop) if at >= 0), default=None)
+        if cut is not None:
+            self.stopped = True
+            return Piece(text[:cut], thought)
+        if not last:
+            keep = max((_overlap(text, string) for string in self._stop), default=0)
+            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        return Piece(text, thought)
+
+
+class _Section:
+    """A run of ids decoded together, handed out only in whole characters."""
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._given = 0
+        self._back = ""
+
+    def add(self, token: int) -> None:
+        self._ids.append(token)
+
+    def put_back(self, text: str) -> None:
+        self._back = text
+
+    def take(self, last: bool = False) -> str:
+        text = self._tokenizer.decode(self._ids) if self._ids else ""
+        if not last:
+            text = text.rstrip("\ufffd")  # a character whose last bytes are still to come
+        new, self._given = text[self._given :], max(self._given, len(text))
+        new, self._back = self._back + new, ""
+        return new
+
+
+def _overlap(text: str, string: str) -> int:
+    """The length of the longest end of `text` that begins `string`."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if string.startswith(text[-n:])), 0)
