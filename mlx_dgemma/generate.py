@@ -30,13 +30,6 @@ DIFFUSION_OPTIONS = (
     "stability_threshold",
     "confidence_threshold",
 )
-    "max_denoising_steps",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "stability_threshold",
-    "confidence_threshold",
-]
 AR_OPTIONS = ("temperature", "top_p", "top_k", "drafter", "draft_width")
 MODES = ("diffusion",)
 

@@ -109,7 +109,7 @@ def summarise(
                 sums.total,
                 sums.spread,
                 rounded_sums.total,
-                *(k for k in kept[-1:] if k is not None),
+                kept[-1] if keeps else z,
             )
 
     mixed = mx.zeros((), mx.float32)

@@ -54,7 +54,7 @@ class Transcript:
 
     def _hand_out(self, text: str, thought: str, last: bool) -> Piece:
         if not self._named and (self._thinking or thought):  # the channel's name is its first line
-            name, newline, rest = thought.partition("\n")
+            _, newline, rest = thought.partition("\n")
             if newline or last:
                 thought, self._named = rest, True
             else:

@@ -14,80 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
 
-NAMES = [
-    "Ann",
-    "Bob",
-    "Carla",
-    "Dmitri",
-    "Elena",
-    "Farid",
-    "Grace",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Keiko",
-    "Liam",
-    "Mona",
-    "Nils",
-    "Olga",
-    "Pablo",
-    "Rosa",
-    "Sven",
-    "Tara",
-    "Yusuf",
-]
-CITIES = [
-    "Oslo",
-    "Lima",
-    "Cairo",
-    "Kyoto",
-    "Paris",
-    "Quito",
-    "Rome",
-    "Seoul",
-    "Turin",
-    "Vienna",
-    "Boston",
-    "Delhi",
-    "Geneva",
-    "Havana",
-    "Lagos",
-    "Madrid",
-]
-COLORS = ["red", "green", "blue", "amber", "violet", "black", "white", "teal"]
-JOBS = ["baker", "pilot", "nurse", "farmer", "painter", "tailor", "judge", "miner"]
-WORDS = [
-    "apple",
-    "river",
-    "stone",
-    "cloud",
-    "tiger",
-    "lemon",
-    "piano",
-    "chair",
-    "grape",
-    "horse",
-    "bread",
-    "candle",
-    "door",
-    "eagle",
-    "forest",
-    "garden",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orange",
-    "pencil",
-    "rabbit",
-    "silver",
-    "table",
-    "window",
-    "yellow",
-]
+NAMES = (
+    "Ann Bob Carla Dmitri Elena Farid Grace Hugo Ines Jonas Keiko Liam Mona Nils Olga Pablo Rosa Sven Tara Yusuf"
+).split()
+CITIES = "Oslo Lima Cairo Kyoto Paris Quito Rome Seoul Turin Vienna Boston Delhi Geneva Havana Lagos Madrid".split()
+COLORS = "red green blue amber violet black white teal".split()
+JOBS = "baker pilot nurse farmer painter tailor judge miner".split()
+WORDS = (
+    "apple river stone cloud tiger lemon piano chair grape horse bread candle door eagle forest garden "
+    "hammer island jacket kettle ladder mirror needle orange pencil rabbit silver table window yellow"
+).split()
 
 FIELDS: dict[str, Callable[[random.Random], object]] = {
     "name": lambda r: r.choice(NAMES),

@@ -12,6 +12,7 @@ end of the answer count a tenth.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -245,59 +246,77 @@ def softcapped(model, hidden: torch.Tensor) -> torch.Tensor:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    sample = list(itertools.islice(training_stream(args.seed), 20000))
-    turns = ["user\nmodel\nsystem\nthought\n"] * 2000
-    tokenizer = build([*turns, *(t for e in sample for t in (e.prompt, e.answer))], args.vocab_size)
+    tokenizer = train_tokenizer(args)
     faster_reference()
     model = DiffusionGemmaForBlockDiffusion(nano_config(len(tokenizer)))
     model.set_attn_implementation("eager")
     model.train()
-    scalars = [
-        layer.layer_scalar
-        for stack in (model.model.decoder, model.model.encoder.language_model)
-        for layer in stack.layers
-    ]
-    parameters = [p for n, p in model.named_parameters() if "vision" not in n] + [s.requires_grad_() for s in scalars]
-    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = make_optimizer(model, args.lr)
     generator = torch.Generator().manual_seed(args.seed)
-    averages, log, started = [0.0, 0.0, 0.0], [], time.time()
+    progress, started = Progress(), time.time()
     stream = batches(tokenizer, args.batch, model.config.canvas_length, args.seed)
     for step in tqdm(range(1, args.steps + 1), mininterval=30):
-        decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, step / 200) * (0.01 + 0.99 * decay)
+            group["lr"] = args.lr * min(1.0, step / 200) * decay
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            diffusion, following, correct = losses(
+            diffusion, following, exact = losses(
                 model, *next(stream), self_conditioning=args.self_conditioning, generator=generator
             )
         (diffusion + following).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        now = [diffusion.item(), following.item(), correct.item()]
-        averages = [0.98 * a + 0.02 * n for a, n in zip(averages, now, strict=True)] if step > 1 else now
-        if step % 50 == 0 or step == 1:
-            log.append(
-                {"step": step, "minutes": (time.time() - started) / 60}
-                | dict(zip(("diffusion", "next_token", "canvas_exact"), averages, strict=True))
-            )
-            print(json.dumps(log[-1]), flush=True)
-        if step % 500 == 0:
+        progress.add(diffusion=diffusion.item(), next_token=following.item(), canvas_exact=exact.item())
+        if step % 50 == 0:
+            progress.report(step, (time.time() - started) / 60)
+        if step % 500 == 0 or step == args.steps:
             save(model, tokenizer, Path(args.out))
-    save(model, tokenizer, Path(args.out))
-    Path(args.out, "training_log.json").write_text(json.dumps({"args": vars(args), "log": log}, indent=1))
+    Path(args.out, "training_log.json").write_text(json.dumps({"args": vars(args), "log": progress.log}, indent=1))
+
+
+def train_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
+    sample = list(itertools.islice(training_stream(args.seed), 20000))
+    turns = ["user\nmodel\nsystem\nthought\n"] * 2000
+    return build([*turns, *(text for e in sample for text in (e.prompt, e.answer))], args.vocab_size)
+
+
+def make_optimizer(model, lr: float) -> torch.optim.Optimizer:
+    """AdamW over everything but the vision tower; layer scalars, buffers in transformers, are trained too."""
+    parameters = [p for name, p in model.named_parameters() if "vision" not in name]
+    parameters += [layer.layer_scalar.requires_grad_() for layer in all_layers(model)]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+class Progress:
+    """Running means of the losses, printed and kept."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, float] = {}
+        self.log: list[dict[str, float]] = []
+
+    def add(self, **values: float) -> None:
+        self.means = {name: 0.98 * self.means.get(name, value) + 0.02 * value for name, value in values.items()}
+
+    def report(self, step: int, minutes: float) -> None:
+        self.log.append({"step": step, "minutes": minutes, **self.means})
+        print(json.dumps(self.log[-1]), flush=True)
+
+
+def all_layers(model) -> list:
+    return [*model.model.decoder.layers, *model.model.encoder.language_model.layers]
 
 
 def save(model, tokenizer, out: Path) -> None:
     """Write the HF layout in bf16, with the generation settings of the released checkpoint."""
-    import copy
-
-    for layer in (*model.model.decoder.layers, *model.model.encoder.language_model.layers):
+    for layer in all_layers(model):  # buffers must not carry a graph when they are copied
         layer.layer_scalar.detach_()
     half = copy.deepcopy(model).to(torch.bfloat16)
-    for layer in (*model.model.decoder.layers, *model.model.encoder.language_model.layers):
+    for layer in all_layers(model):
         layer.layer_scalar.requires_grad_()
     half.generation_config = DiffusionGemmaGenerationConfig(
         max_new_tokens=model.config.canvas_length,

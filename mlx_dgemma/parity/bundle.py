@@ -70,6 +70,12 @@ def kept_rows(length: int) -> list[int]:
     return sorted({*range(min(2, length)), *range(max(0, length - 4), length)})
 
 
+def is_judged(name: str) -> bool:
+    """Whether an array is a quantity with an error, not a choice, a margin or an input."""
+    what = name.partition("/")[2].partition(".")[0]
+    return what in ("layer", "norm", "logits", "soft", "entropy", "peak")
+
+
 def column_step(vocab_size: int) -> int:
     """Every how-many-th id of the vocabulary has its logits kept."""
     return -(-vocab_size // MAX_COLUMNS)

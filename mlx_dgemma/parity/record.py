@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -88,37 +87,31 @@ def record_folder(folder: Path, run: Run, out: Path, device: str = "cpu") -> dic
 
 
 def _record(folder: Path, run: Run, work: Path, device: str) -> dict[str, Any]:
-    model = _load(folder, device)
     config = read_json(folder / "config.json")
     sizes = ModelConfig.from_dict(config, str(folder / "config.json"))
     run = replace(run, sampling=_with_defaults(run.sampling, sizes))
-    story = _generate(model, run)
     columns = bundle.column_step(sizes.vocab_size)
-    single = _walk(model, story, run, columns)
-    _check_story(story, single)
+    model = _load(folder, device)
+    story = _generate(model, run)
+    single, choices = _walk(model, story, run, columns)
+    _check_walk(story, single)
     with _float64(model) as exact:
-        truth = _walk(exact, story, run, columns)
-    floors = {name: _floor(single[name], truth[name], story) for name in truth if truth[name].dtype == np.float64}
-    _check_choices(single, truth)
+        truth, exact_choices = _walk(exact, story, run, columns)
     facts = {
         "model": run.name,
         "checkpoint": bundle.checkpoint_hash(folder),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "dtype": "float32",
         "seed": run.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, np)},
         "config": config,
         "sampling": vars(run.sampling),
         "canvases": [len(steps) for steps in story.steps],
         "columns": columns,
-        "floors": floors,
+        "flips": sum(int((a != b).any(-1).sum()) for a, b in zip(choices, exact_choices, strict=True)),
+        "floors": {name: _floor(name, single[name], truth[name], story) for name in truth if bundle.is_judged(name)},
     }
-    bundle.write(work, facts, truth | story.arrays())
+    bundle.write(work, facts, _stored(truth, story))
     return facts
 
 
@@ -233,17 +226,6 @@ class Story:
         for index in range(len(self.steps) - 1):
             yield self.sequences[:, first + index * length : first + (index + 1) * length]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As they are stored: steps of all canvases in order, ids in 32 bits."""
-        flat = [step for steps in self.steps for step in steps]
-        arrays = {f"steps/{name}": np.stack([step[name] for step in flat]) for name in flat[0]}
-        arrays |= {"prompt": self.prompt, "sequences": self.sequences}
-        return {name: _narrow(array) for name, array in arrays.items()}
-
-
-def _narrow(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.int32) if array.dtype == np.int64 else array
-
 
 def _generate(model: Reference, run: Run) -> Story:
     """Run transformers' own `generate`, listening to its draws and decisions."""
@@ -304,71 +286,88 @@ def _generate(model: Reference, run: Run) -> Story:
 class _Listener:
     """Keeps what layers, routers and self-conditioning hand on in one pass, rows `kept_rows` alone."""
 
-    def __init__(self, model: Reference):
+    def __init__(self, model: Reference, batch: int):
+        self.batch = batch
         self.seen: dict[str, np.ndarray] = {}
-        self.batch = 1
-        inner = model.model
+        self.choices: list[np.ndarray] = []  # the experts of every token, pass after pass
+        self._model = model
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Listener:
+        inner = self._model.model
         for stack in (inner.encoder.language_model, inner.decoder):
             for index, layer in enumerate(stack.layers):
-                layer.register_forward_hook(self._hidden(f"layer.{index}"))
-                layer.router.register_forward_hook(self._choice(index))
-            stack.norm.register_forward_hook(self._hidden("norm"))
-        inner.decoder.self_conditioning.register_forward_hook(self._soft)
+                self._hooks.append(layer.register_forward_hook(self._hidden(f"layer.{index}")))
+                self._hooks.append(layer.router.register_forward_hook(self._choice(index)))
+            self._hooks.append(stack.norm.register_forward_hook(self._hidden("norm")))
+        self._hooks.append(inner.decoder.self_conditioning.register_forward_hook(self._soft))
+        return self
 
-    def start(self, batch: int) -> None:
-        self.seen, self.batch = {}, batch
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def keep(self, name: str, value: torch.Tensor) -> None:
         """Keep rows of (B, L, ...)."""
         kept = value[:, bundle.kept_rows(value.shape[1])].detach().cpu()
         self.seen[name] = (kept.double() if kept.is_floating_point() else kept.int()).numpy().copy()
 
+    def collect(self, prefix: str) -> dict[str, np.ndarray]:
+        """What was kept since the last call, under names of the pass."""
+        seen, self.seen = self.seen, {}
+        return {f"{prefix}/{name}": value for name, value in seen.items()}
+
     def _hidden(self, name: str):
         return lambda module, given, out: self.keep(name, out)
 
     def _soft(self, module, given, out) -> None:
-        self.keep("soft", given[1])
+        if given[1].any():  # zeros mean that there is none yet
+            self.keep("soft", given[1])
 
     def _choice(self, index: int):
         def hook(module, given, out) -> None:
             probabilities, _, ids = out
             count = ids.shape[-1]
-            ranked = probabilities.double().sort(dim=-1, descending=True).values
-            margin = 1 - ranked[:, count] / ranked[:, count - 1] if ranked.shape[-1] > count else ranked[:, 0] * 0 + 1
-            self.keep(f"router.{index}", ids.sort(dim=-1).values.view(self.batch, -1, count))
-            self.keep(f"margin.{index}", margin.view(self.batch, -1))
+            ids = ids.sort(dim=-1).values.view(self.batch, -1, count)
+            self.choices.append(ids.cpu().numpy())
+            self.keep(f"router.{index}", ids)
+            self.keep(f"margin.{index}", _margin(probabilities, count).view(self.batch, -1))
 
         return hook
 
 
+def _margin(probabilities: torch.Tensor, count: int) -> torch.Tensor:
+    """By which share the first expert not taken is below the last one taken; 1 if all are taken."""
+    ranked = probabilities.sort(dim=-1, descending=True).values
+    if ranked.shape[-1] == count:
+        return torch.ones_like(ranked[:, 0])
+    return 1 - ranked[:, count] / ranked[:, count - 1]
+
+
 @torch.no_grad()
-def _walk(model: Reference, story: Story, run: Run, columns: int) -> dict[str, np.ndarray]:
-    """Every quantity of the recorded run, computed with this model; floats come as float64."""
-    model = copy.copy(model)
-    listener = _Listener(model)
+def _walk(model: Reference, story: Story, run: Run, columns: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Every quantity of the recorded run as this model computes it, in float64, and all routers' choices."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    batch = len(story.prompt)
     quantities: dict[str, np.ndarray] = {}
     per_step: dict[str, list[np.ndarray]] = {}
-    for index, (block, steps) in enumerate(zip(story.blocks(), story.steps, strict=True)):
-        listener.start(batch)
-        ids = torch.tensor(block, device=model.device, dtype=torch.long)
-        hidden = model.model.encoder(input_ids=ids, past_key_values=cache).last_hidden_state
-        listener.keep("logits", _softcapped(model, hidden)[..., ::columns])
-        quantities |= {f"encode.{index}/{name}": value for name, value in listener.seen.items()}
-        z = None
-        for number, step in enumerate(steps):
-            listener.start(batch)
-            canvas = torch.tensor(step["canvas"], device=model.device, dtype=torch.long)
-            logits = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=z).logits
-            listener.keep("logits", logits[..., ::columns])
-            if (index, number) in bundle.DETAILED:
-                seen = {name: value for name, value in listener.seen.items() if name != "soft" or z is not None}
-                quantities |= {f"denoise.{index}.{number}/{name}": value for name, value in seen.items()}
-            z = _schedule(run.sampling, number)(None, logits)
-            for name, value in _decisive(z, run.sampling).items():
-                per_step.setdefault(name, []).append(value.double().cpu().numpy())
-    return quantities | {f"steps/{name}": np.stack(values) for name, values in per_step.items()}
+    with _Listener(model, len(story.prompt)) as listener:
+        for index, (block, steps) in enumerate(zip(story.blocks(), story.steps, strict=True)):
+            ids = torch.tensor(block, device=model.device)
+            hidden = model.model.encoder(input_ids=ids, past_key_values=cache).last_hidden_state
+            listener.keep("logits", _softcapped(model, hidden)[..., ::columns])
+            quantities |= listener.collect(f"encode.{index}")
+            z = None
+            for number, step in enumerate(steps):
+                canvas = torch.tensor(step["canvas"], device=model.device)
+                logits = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=z).logits
+                listener.keep("logits", logits[..., ::columns])
+                seen = listener.collect(f"denoise.{index}.{number}")
+                quantities |= seen if (index, number) in bundle.DETAILED else {}
+                z = _processed(logits, run.sampling, number)
+                for name, value in _decisive(z, run.sampling).items():
+                    per_step.setdefault(name, []).append(value.cpu().numpy())
+        quantities |= {f"steps/{name}": np.stack(values) for name, values in per_step.items()}
+        return quantities, listener.choices
 
 
 def _softcapped(model: Reference, hidden: torch.Tensor) -> torch.Tensor:
@@ -376,19 +375,51 @@ def _softcapped(model: Reference, hidden: torch.Tensor) -> torch.Tensor:
     return torch.tanh(model.lm_head(hidden) / cap) * cap
 
 
-def _schedule(sampling: GenerationConfig, number: int):
-    processor = generation.LinearTemperatureScheduleLogitsProcessor(
+def _processed(logits: torch.Tensor, sampling: GenerationConfig, number: int) -> torch.Tensor:
+    schedule = generation.LinearTemperatureScheduleLogitsProcessor(
         sampling.t_min, sampling.t_max, sampling.max_denoising_steps
     )
-    remaining = torch.tensor(sampling.max_denoising_steps - number, dtype=torch.int32)
-    return lambda ids, logits: processor(ids, logits, remaining.to(logits.device))
+    remaining = torch.tensor(sampling.max_denoising_steps - number, dtype=torch.int32, device=logits.device)
+    return schedule(None, logits, remaining)
 
 
 def _decisive(z: torch.Tensor, sampling: GenerationConfig) -> dict[str, torch.Tensor]:
     """What decisions rest on, and how far each is from turning: all (B, C)."""
     entropy = torch.distributions.Categorical(logits=z).entropy()
-    top = z.topk(2, dim=-1).values
+    top = z.topk(2, dim=-1)
     ascending, order = entropy.sort(dim=-1)
     before = ascending.cumsum(dim=-1) - ascending
-    slack = torch.zeros_like(entropy).scatter(-1, order, (before - sampling.entropy_bound).abs())
-    return {"entropy": entropy, "peak": top[..., 0], "gap": top[..., 0] - top[..., 1], "slack": slack}
+    return {
+        "entropy": entropy.double(),
+        "peak": top.values[..., 0].double(),
+        "argmax": top.indices[..., 0],
+        "gap": top.values[..., 0] - top.values[..., 1],
+        "slack": torch.zeros_like(entropy).scatter(-1, order, (before - sampling.entropy_bound).abs()),
+    }
+
+
+def _check_walk(story: Story, single: dict[str, np.ndarray]) -> None:
+    """The walk must be what generate did, or it says nothing about it."""
+    steps = [step for canvas in story.steps for step in canvas]
+    for number, (step, argmax) in enumerate(zip(steps, single["steps/argmax"], strict=True)):
+        if (step["best"] != argmax)[step["ran"]].any():
+            raise RuntimeError(f"denoising step {number}: the walk and generate disagree")
+
+
+def _floor(name: str, single: np.ndarray, truth: np.ndarray, story: Story) -> dict[str, float]:
+    """The reference's own float32 error, where rows have not stopped."""
+    if name.startswith("steps/"):
+        ran = np.stack([step["ran"] for canvas in story.steps for step in canvas])
+        single, truth = single[ran], truth[ran]
+    return vars(bundle.Error.between(single, truth)) | {"scale": float(np.abs(truth).max())}
+
+
+def _stored(quantities: dict[str, np.ndarray], story: Story) -> dict[str, np.ndarray]:
+    """What goes into the bundle: margins in float32, ids in 32 bits, the truth in float64."""
+    steps = [step for canvas in story.steps for step in canvas]
+    arrays = {f"steps/{name}": np.stack([step[name] for step in steps]) for name in steps[0]}
+    arrays |= {"prompt": story.prompt, "sequences": story.sequences}
+    for name, array in quantities.items():
+        arrays[name] = array if bundle.is_judged(name) or array.dtype != np.float64 else array.astype(np.float32)
+    arrays.pop("steps/argmax")
+    return {name: array.astype(np.int32) if array.dtype == np.int64 else array for name, array in arrays.items()}
