@@ -160,6 +160,9 @@ def _layers(text: Mapping[str, Any], where: str) -> tuple[LayerConfig, ...]:
         else:
             overrides = full if kind == FULL else {}
         sizes = heads | {key: overrides[key] for key in heads if overrides.get(key) is not None}
+        for name, value in sizes.items():
+            if type(value) is not int or value <= 0:
+                raise InputError(f"{where}: {name} of layer {index} must be a positive integer, not {value!r}")
         layers.append(LayerConfig(kind=kind, **sizes, **_rotary(rope.get(kind), kind, where)))
     return tuple(layers)
 
@@ -174,7 +177,10 @@ def _rotary(parameters: Mapping[str, Any] | None, kind: str, where: str) -> dict
     factor = parameters.get("partial_rotary_factor", 1.0)
     if kind == SLIDING and factor != 1.0:
         raise InputError(f"{where}: partial_rotary_factor {factor} for {kind} is not supported")
-    return {"rope_theta": float(parameters["rope_theta"]), "rotary_factor": float(factor)}
+    theta = parameters.get("rope_theta")
+    if not isinstance(theta, (int, float)) or theta <= 0:
+        raise InputError(f"{where}: rope_theta for {kind} must be a positive number, not {theta!r}")
+    return {"rope_theta": float(theta), "rotary_factor": float(factor)}
 
 
 def as_ids(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

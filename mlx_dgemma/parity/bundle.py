@@ -25,12 +25,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..config import read_json
+from ..config import GenerationConfig, read_json
 from ..errors import InputError, UsageError
 
 SCHEMA = 1
 EPSILON = 2.0**-23  # of float32: no error below this share of a quantity's size is held against anyone
 DETAILED = ((0, 0), (0, 1), (1, 0))  # (canvas, step) of the denoising passes whose layers are kept
+STEP = ("canvas", "token", "renoise", "accepted", "best", "ran", "done")
 MAX_COLUMNS = 4096  # ids whose logits are kept
 
 
@@ -52,6 +53,27 @@ class Bundle:
     folder: Path
     facts: dict[str, Any]  # bundle.json
     arrays: dict[str, np.ndarray]  # bundle.safetensors
+
+    @property
+    def sampling(self) -> GenerationConfig:
+        options = self.facts["sampling"]
+        return GenerationConfig(**options | {"eos_token_ids": tuple(options["eos_token_ids"])})
+
+    def steps(self) -> Iterator[list[dict[str, np.ndarray]]]:
+        """Per canvas its denoising steps: canvas, token, renoise, accepted, best (B, C); ran, done (B,)."""
+        first = 0
+        for count in self.facts["canvases"]:
+            numbers = range(first, first + count)
+            yield [{name: self.arrays[f"steps/{name}"][number] for name in STEP} for number in numbers]
+            first += count
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The ids (B, L) that are encoded before each canvas."""
+        prompt, sequences = self.arrays["prompt"], self.arrays["sequences"]
+        length = self.arrays["steps/canvas"].shape[-1]
+        yield prompt
+        for first in range(prompt.shape[1], prompt.shape[1] + (len(self.facts["canvases"]) - 1) * length, length):
+            yield sequences[:, first : first + length]
 
     def floor(self, quantity: str) -> Error:
         """The error that float32 is allowed to have: the reference's own, but at least one rounding."""

@@ -48,6 +48,7 @@ LEAST_VISION = {  # checkpoints have a vision tower; nothing here runs it
     "patch_size": 1,
     "position_embedding_size": 4,
 }
+BRANCH_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def _spread(name: str, tensor: torch.Tensor, shape: Shape, random: torch.Generat
     if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
         return shape.embedding * 3**0.5 * uniform
     if tensor.ndim < 2:  # norms and the router's scales
-        return 1 + 0.4 * uniform
+        size = shape.branch if name.endswith(BRANCH_NORMS) else 1.0
+        return size * (1 + 0.4 * uniform)
     size = 3.0 if name.endswith("router.proj.weight") else 1.0
     return size * 3**0.5 * uniform * (1 if "router" in name else tensor.shape[-1] ** -0.5)
 

@@ -23,6 +23,8 @@ class Shape:
             default, as older checkpoints do; otherwise config.json is what transformers writes.
         embedding: size of embedding entries; the larger, the more peaked the logits.
         scalar: mean of the layer_scalars.
+        branch: size of what attention and experts add to a layer's input; the smaller, the calmer
+            the canvas is from step to step, and the less an error of one step grows in the next.
         sampling: generation options that differ from `SAMPLING`.
         seed: of weights, prompt and draws; chosen so that the run shows what it is for.
     """
@@ -35,6 +37,7 @@ class Shape:
     spelled_out: bool = False
     embedding: float = 0.7
     scalar: float = 0.8
+    branch: float = 0.5
     sampling: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -61,7 +64,7 @@ def _text(kinds: str, **sizes: Any) -> dict[str, Any]:
 SHAPES = {
     # the prefix is longer than the window, and so is what the second canvas adds to it
     "window": Shape(
-        text=_text("ssf", hidden_size=36, intermediate_size=44, vocab_size=203, sliding_window=5)
+        text=_text("ssf", hidden_size=36, intermediate_size=44, vocab_size=101, sliding_window=5)
         | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6}
         | {"global_head_dim": 10, "num_global_key_value_heads": 2}
         | {"num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 11},
@@ -70,7 +73,7 @@ SHAPES = {
     ),
     # nothing slides, one head of keys and values serves all queries
     "full": Shape(
-        text=_text("f", hidden_size=28, intermediate_size=26, vocab_size=131, sliding_window=3)
+        text=_text("f", hidden_size=28, intermediate_size=26, vocab_size=109, sliding_window=3)
         | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 4}
         | {"global_head_dim": 18, "num_global_key_value_heads": 1}
         | {"num_experts": 3, "top_k_experts": 1, "moe_intermediate_size": 17},
@@ -79,7 +82,7 @@ SHAPES = {
     ),
     # the other spelling of config.json: default layer kinds (the sixth is full, the last is made so) and RoPE
     "spelled": Shape(
-        text={"num_hidden_layers": 7, "hidden_size": 24, "intermediate_size": 20, "vocab_size": 149}
+        text={"num_hidden_layers": 7, "hidden_size": 24, "intermediate_size": 20, "vocab_size": 89}
         | {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6, "sliding_window": 8}
         | {"global_head_dim": 8, "num_global_key_value_heads": 1}
         | {"num_experts": 4, "top_k_experts": 3, "moe_intermediate_size": 9},
@@ -91,7 +94,7 @@ SHAPES = {
     # long enough for RoPE frequencies to drift; every token takes every expert, so that no flipped
     # near-tie of a router can hide it
     "long": Shape(
-        text=_text("ssfsf", hidden_size=32, intermediate_size=36, vocab_size=157, sliding_window=1500)
+        text=_text("ssfsf", hidden_size=32, intermediate_size=36, vocab_size=67, sliding_window=1500)
         | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
         | {"global_head_dim": 64, "num_global_key_value_heads": 1}
         | {"num_experts": 2, "top_k_experts": 2, "moe_intermediate_size": 10},
@@ -101,7 +104,7 @@ SHAPES = {
     ),
     # two rows that stop at different steps
     "batch": Shape(
-        text=_text("sfsf", hidden_size=30, intermediate_size=32, vocab_size=173, sliding_window=6)
+        text=_text("sfsf", hidden_size=30, intermediate_size=32, vocab_size=103, sliding_window=6)
         | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
         | {"global_head_dim": 12, "num_global_key_value_heads": 3}
         | {"num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 7},

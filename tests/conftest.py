@@ -1,0 +1,23 @@
+"""Fixtures; the environment is set before MLX is imported."""
+
+import os
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from mlx_dgemma.loading import load
+from mlx_dgemma.model import DiffusionGemma
+from tests.helpers import random_model
+
+
+@pytest.fixture(scope="session")
+def tiny() -> DiffusionGemma:
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """(model, tokenizer) of the embedded checkpoint."""
+    return load("nano")
