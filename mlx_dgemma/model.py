@@ -136,7 +136,6 @@ class DiffusionGemma(nn.Module):
         """
         run = Pass(cache, self.config.sliding_window, canvas.shape[1], causal=False)
         embedded = self.embed(canvas)
-        soft = mx.zeros_like(embedded) if soft is None else soft
         hidden = self.model.decoder.self_conditioning(embedded, soft)
         for layer in self.layers:
             hidden = layer(hidden, run, layer.layer_scalar)

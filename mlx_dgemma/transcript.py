@@ -32,8 +32,9 @@ class Transcript:
         self._opens = tokenizer.think_start_tokens[0] if tokenizer.has_thinking else None
         self._closes = tokenizer.think_end_tokens[-1] if tokenizer.has_thinking else None
         self._tokenizer = tokenizer
-        self._answer, self._thought = _Section(tokenizer), _Section(tokenizer)
-        self._thinking, self._named = False, False
+        self._answer = _Section(tokenizer)
+        self._thoughts: list[_Section] = []
+        self._thinking = False
         self._held = ""  # the end of the answer that may turn out to begin a stop string
         self.stopped = False
 
@@ -41,25 +42,21 @@ class Transcript:
         """Read more ids; after a stop string has been met, nothing more is handed out."""
         for token in ids:
             if token == self._opens:
-                self._thinking, self._named = True, False
+                self._thinking = True
+                self._thoughts.append(_Section(self._tokenizer, titled=True))
             elif token == self._closes:
                 self._thinking = False
             elif token not in self._special:
-                (self._thought if self._thinking else self._answer).add(token)
-        return self._hand_out(self._answer.take(), self._thought.take(), last=False)
+                (self._thoughts[-1] if self._thinking else self._answer).add(token)
+        return self._hand_out(last=False)
 
     def finish(self) -> Piece:
         """What was still held back."""
-        return self._hand_out(self._answer.take(last=True), self._thought.take(last=True), last=True)
+        return self._hand_out(last=True)
 
-    def _hand_out(self, text: str, thought: str, last: bool) -> Piece:
-        if not self._named and (self._thinking or thought):  # the channel's name is its first line
-            _, newline, rest = thought.partition("\n")
-            if newline or last:
-                thought, self._named = rest, True
-            else:
-                self._thought.put_back(thought)
-                thought = ""
+    def _hand_out(self, last: bool) -> Piece:
+        thought = "".join(section.take(last) for section in self._thoughts)
+        text = self._answer.take(last)
         if self.stopped:
             return Piece()
         text = self._held + text
@@ -75,26 +72,23 @@ class Transcript:
 
 
 class _Section:
-    """A run of ids decoded together, handed out only in whole characters."""
+    """A run of ids decoded together, handed out in whole characters; `titled`: its first line is a name."""
 
-    def __init__(self, tokenizer: TokenizerWrapper):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TokenizerWrapper, titled: bool = False):
+        self._tokenizer, self._titled = tokenizer, titled
         self._ids: list[int] = []
         self._given = 0
-        self._back = ""
 
     def add(self, token: int) -> None:
         self._ids.append(token)
-
-    def put_back(self, text: str) -> None:
-        self._back = text
 
     def take(self, last: bool = False) -> str:
         text = self._tokenizer.decode(self._ids) if self._ids else ""
         if not last:
             text = text.rstrip("\ufffd")  # a character whose last bytes are still to come
+        if self._titled:
+            text = text.partition("\n")[2]
         new, self._given = text[self._given :], max(self._given, len(text))
-        new, self._back = self._back + new, ""
         return new
 
 

@@ -246,9 +246,13 @@ def softcapped(model, hidden: torch.Tensor) -> torch.Tensor:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(args)
     faster_reference()
-    model = DiffusionGemmaForBlockDiffusion(nano_config(len(tokenizer)))
+    if args.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+        model = DiffusionGemmaForBlockDiffusion.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(args)
+        model = DiffusionGemmaForBlockDiffusion(nano_config(len(tokenizer)))
     model.set_attn_implementation("eager")
     model.train()
     optimizer = make_optimizer(model, args.lr)
@@ -270,8 +274,10 @@ def train(args: argparse.Namespace) -> None:
         progress.add(diffusion=diffusion.item(), next_token=following.item(), canvas_exact=exact.item())
         if step % 50 == 0:
             progress.report(step, (time.time() - started) / 60)
-        if step % 500 == 0 or step == args.steps:
+        if step % 500 == 0 or step in (args.steps, args.stop_after):
             save(model, tokenizer, Path(args.out))
+        if step == args.stop_after:
+            break
     Path(args.out, "training_log.json").write_text(json.dumps({"args": vars(args), "log": progress.log}, indent=1))
 
 
@@ -337,7 +343,9 @@ def save(model, tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--init", help="start from this checkpoint rather than from random weights")
+    parser.add_argument("--steps", type=int, default=4200, help="of the learning-rate schedule (default: 4200)")
+    parser.add_argument("--stop-after", type=int, help="leave the schedule after so many steps")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=1024)

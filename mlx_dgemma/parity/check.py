@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
 from ..loading import load_model, resolve
 from ..model import DiffusionGemma
 from . import replay
-from .bundle import Bundle, Error, checkpoint_hash, is_judged, read
+from .bundle import Bundle, Error, checkpoint_hash, read
 
 MAX_RATIO = 4.0  # a port that is right measures 1 to 2
 ROUTER_TIE = 1e-4  # experts whose shares differ by less may swap
@@ -110,13 +111,7 @@ def check(folder: Path, model: str | None = None) -> Report:
     """
     bundle = read(folder)
     checkpoint = _checkpoint(bundle, model)
-    return judge(bundle, load_model(checkpoint, dtype=_dtype()))
-
-
-def _dtype():
-    import mlx.core as mx
-
-    return mx.float32
+    return judge(bundle, load_model(checkpoint, dtype=mx.float32))
 
 
 def _checkpoint(bundle: Bundle, model: str | None) -> Path:
@@ -134,13 +129,18 @@ def judge(bundle: Bundle, model: DiffusionGemma) -> Report:
     """Levels 2, 3 and 4 of a bundle."""
     report = Report(f"{bundle.folder.name}: {bundle.facts['model']}, recorded on {bundle.facts['device']}")
     got = replay.walk(model, bundle)
-    report.measures = [_measure(bundle, name, got[name]) for name in bundle.facts["floors"]]
+    report.measures = measures(bundle, got)
     report.counts = [*_routers(bundle, got), *_decisions(bundle, got)]
     for row in range(len(bundle.arrays["prompt"])):
         report.counts += _trajectory(bundle, row, *replay.free_run(model, bundle, row))
     if len(bundle.arrays["prompt"]) > 1:
         report.counts += _together(bundle, *replay.free_run_together(model, bundle))
     return report
+
+
+def measures(bundle: Bundle, got: dict[str, np.ndarray]) -> list[Measure]:
+    """Level 2: every quantity of a walk against the truth, in the order they are computed."""
+    return [_measure(bundle, name, got[name]) for name in bundle.facts["floors"]]
 
 
 def _measure(bundle: Bundle, name: str, got: np.ndarray) -> Measure:

@@ -50,7 +50,7 @@ SAMPLING = {
     "t_max": 0.8,
     "stability_threshold": 1,
     "confidence_threshold": 1e-9,
-    "eos_token_ids": [1],
+    "eos_token_ids": (1,),
     "pad_token_id": 0,
 }
 
@@ -70,6 +70,7 @@ SHAPES = {
         | {"num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 11},
         canvas_length=7,
         prefix=13,
+        seed=6,
     ),
     # nothing slides, one head of keys and values serves all queries
     "full": Shape(
@@ -79,6 +80,7 @@ SHAPES = {
         | {"num_experts": 3, "top_k_experts": 1, "moe_intermediate_size": 17},
         canvas_length=9,
         prefix=6,
+        sampling={"entropy_bound": 0.05},
     ),
     # the other spelling of config.json: default layer kinds (the sixth is full, the last is made so) and RoPE
     "spelled": Shape(
@@ -90,6 +92,7 @@ SHAPES = {
         prefix=11,
         spelled_out=True,
         scalar=0.95,
+        seed=4,
     ),
     # long enough for RoPE frequencies to drift; every token takes every expert, so that no flipped
     # near-tie of a router can hide it
@@ -101,6 +104,7 @@ SHAPES = {
         canvas_length=5,
         prefix=2101,
         sampling={"max_denoising_steps": 2},
+        seed=1,
     ),
     # two rows that stop at different steps
     "batch": Shape(
@@ -112,9 +116,10 @@ SHAPES = {
         prefix=9,
         batch=2,
         embedding=1.6,
-        sampling={"max_denoising_steps": 12, "confidence_threshold": 0.5, "entropy_bound": 2.0},
+        sampling={"max_denoising_steps": 12, "confidence_threshold": 0.5, "entropy_bound": 1.0},
+        seed=2,
     ),
-    # one token before a canvas that is longer than the window; three canvases
+    # one token before a canvas that is longer than the window; three canvases, an end in the last
     "short": Shape(
         text=_text("sf", hidden_size=26, intermediate_size=30, vocab_size=97, sliding_window=4)
         | {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 4}
@@ -124,7 +129,9 @@ SHAPES = {
         prefix=1,
         canvases=3,
         embedding=1.2,
-        sampling={"max_denoising_steps": 8, "confidence_threshold": 0.5, "entropy_bound": 3.0},
+        sampling={"max_denoising_steps": 8, "confidence_threshold": 0.5, "entropy_bound": 3.0}
+        | {"eos_token_ids": (1, 86)},
+        seed=7,
     ),
 }
 

@@ -1,0 +1,125 @@
+"""mlx-vlm on the same weights: its own model classes and its own generation loop, set to the reference sampler."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dgemma.checkpoint import Checkpoint
+from mlx_dgemma.config import GenerationConfig, ModelConfig, read_json
+from mlx_dgemma.errors import InputError
+
+from .measure import Answer, PeakMemory, weight_bytes
+
+TESTED = "0.7.10"
+SHARED_NAMES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads sliding_window num_experts "
+    "top_k_experts moe_intermediate_size rms_norm_eps max_position_embeddings final_logit_softcapping"
+).split()
+
+
+def installed_version() -> str:
+    """Raises InputError if mlx-vlm is not installed."""
+    try:
+        return version("mlx-vlm")
+    except PackageNotFoundError:
+        raise InputError(
+            f"mlx-vlm is not installed: `pip install mlx-vlm=={TESTED}`, or measure this package alone (--no-mlx-vlm)"
+        ) from None
+
+
+class MlxVlm:
+    """mlx-vlm's DiffusionGemma.
+
+    Args:
+        config: ours, whose defaults for keys that config.json leaves out are transformers'.
+        dtype: of the weights.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, dtype: mx.Dtype):
+        self.name = f"mlx-vlm {installed_version()}"
+        if config.quantization is not None:
+            raise InputError(f"{folder}: quantised weights are not compared with mlx-vlm yet (--no-mlx-vlm)")
+        if mx.default_device() == mx.cpu and shutil.which("g++") is None:
+            mx.disable_compile()  # it compiles two elementwise functions, which on a CPU takes g++
+        from mlx_vlm.models.diffusion_gemma import Model
+        from mlx_vlm.models.diffusion_gemma import ModelConfig as TheirConfig
+        from mlx_vlm.tokenizer_utils import load_tokenizer
+
+        self._model = Model(TheirConfig.from_dict(_spelled_out(folder, config)))
+        checkpoint = Checkpoint(folder)
+        weights = self._model.sanitize(dict(checkpoint.arrays(checkpoint.text_tensors())))
+        self._model.load_weights([(name, array.astype(dtype)) for name, array in weights.items()])
+        self._model.eval()
+        mx.eval(self._model.parameters())
+        self._weights = weight_bytes(self._model.parameters())
+        self._tokenizer = load_tokenizer(folder)
+
+    def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Answer:
+        """Denoise one canvas. Times are those of its own statistics, taken when the canvas is on the host."""
+        from mlx_vlm.generate.diffusion import stream_diffusion_generate
+        from mlx_vlm.utils import StoppingCriteria
+
+        self._tokenizer.stopping_criteria = StoppingCriteria(list(config.eos_token_ids), self._tokenizer)
+        self._model.config.generation_config = _as_json(config)
+        mx.random.seed(seed)
+        with PeakMemory(self._weights) as peak:
+            results = stream_diffusion_generate(
+                self._model,
+                self._tokenizer,
+                self._tokenizer,
+                mx.array([prompt]),
+                None,
+                None,
+                max_tokens=config.max_new_tokens,
+                skip_special_token_ids=[],
+                temperature=1.0,  # its default of 0 takes the argmax where the reference draws
+                max_denoising_steps=config.max_denoising_steps,
+                diffusion_full_canvas=True,  # its default shrinks the canvas to the tokens asked for
+                diffusion_sampler="entropy-bound",  # its default reveals by confidence
+            )
+            first = next(results)
+        tokens, last = [first.token], first
+        for last in results:
+            if last.generation_tokens > len(tokens):
+                tokens.append(last.token)
+        return Answer(
+            tokens=tokens,
+            prompt_tokens=len(prompt),
+            prefill_seconds=first.prompt_tokens / first.prompt_tps,
+            denoise_forwards=last.diffusion_denoising_steps,
+            denoise_seconds=first.generation_tokens / first.generation_tps,
+            encode_forwards=1,
+            peak_bytes=peak.bytes,
+        )
+
+
+def _spelled_out(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """config.json in the spelling that mlx-vlm reads: no `per_layer_config`, and none of its own defaults."""
+    raw = read_json(folder / "config.json")
+    text = raw["text_config"]
+    for name in SHARED_NAMES:
+        text[name] = getattr(config, name)
+    text["layer_types"] = [layer.kind for layer in config.layers]
+    for layer in config.layers:
+        sizes = ("head_dim", "num_key_value_heads")
+        if not layer.is_sliding:
+            sizes = ("global_head_dim", "num_global_key_value_heads")
+        text |= zip(sizes, (layer.head_dim, layer.num_key_value_heads), strict=True)
+    return raw | {"vision_config": None, "canvas_length": config.canvas_length}
+
+
+def _as_json(config: GenerationConfig) -> dict[str, Any]:
+    """generation_config.json, from where mlx-vlm takes what is not an argument."""
+    return {
+        "eos_token_id": list(config.eos_token_ids),
+        "t_min": config.t_min,
+        "t_max": config.t_max,
+        "stability_threshold": config.stability_threshold,
+        "confidence_threshold": config.confidence_threshold,
+        "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": config.entropy_bound},
+    }

@@ -1,0 +1,120 @@
+"""The command: `record` on a machine with torch, `check` wherever MLX runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..command import run_command
+from ..errors import InputError, UsageError
+
+DESCRIPTION = """\
+Show that this package computes what the reference computes.
+
+`record` runs transformers' DiffusionGemma in torch and writes a bundle: what it computed, in
+float64; its own error in float32; what it drew and decided. `check` replays a bundle on MLX,
+without torch: every layer of both passes must be as near to float64 as the reference is, within a
+factor of 4, and every decision and token equal. Exit status: 0 the same, 1 not, 2 bad usage."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(lambda args: args.run(args), _parser(), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("mlx_dgemma.parity", description=DESCRIPTION, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{record,check}")
+    _add_record(commands.add_parser("record", help="run the reference and write a bundle (needs torch)"))
+    _add_check(commands.add_parser("check", help="replay a bundle on MLX and judge it"))
+    return parser
+
+
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    from .shapes import SHAPES
+
+    parser.set_defaults(run=_record)
+    add = parser.add_argument
+    add(
+        "--model", default="nano", help=f"nano, tiny:<shape> ({', '.join(SHAPES)}) or a checkpoint folder (%(default)s)"
+    )
+    add("--out", type=Path, required=True, help="the folder to write; must not exist")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where torch runs (%(default)s)")
+    add(
+        "--dtype",
+        choices=("float32",),
+        default="float32",
+        help="of the recorded run; the truth is float64 (%(default)s)",
+    )
+    add("--seed", type=int, help="of the draws, and of a tiny model's weights (0; a tiny shape has its own)")
+    add("--prompt", help="text, encoded without a chat template (random ids; not for tiny shapes)")
+    add("--prompt-length", type=int, help="how many random ids (one and a half windows; not for tiny shapes)")
+    add("--max-new-tokens", type=int, help="rounded up to whole canvases (two canvases; not for tiny shapes)")
+    add("--max-denoising-steps", type=int, help="(the checkpoint's; not for tiny shapes)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_check)
+    add = parser.add_argument
+    add("bundle", type=Path, nargs="+", metavar="BUNDLE", help="folders that record wrote")
+    add("--model", help="the checkpoint, if it is neither in the bundle nor embedded in this package")
+    add("--device", choices=("cpu", "gpu"), help="where MLX runs (its default device)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _record(args: argparse.Namespace) -> int:
+    from . import record
+
+    if args.model.startswith("tiny:"):
+        facts = _record_tiny(args)
+    else:
+        facts = record.record_checkpoint(
+            args.model,
+            args.out,
+            device=args.device,
+            seed=args.seed or 0,
+            prompt=args.prompt,
+            prompt_length=args.prompt_length,
+            max_new_tokens=args.max_new_tokens,
+            max_denoising_steps=args.max_denoising_steps,
+        )
+    print(
+        f"{args.out}: {len(facts['canvases'])} canvases in {facts['canvases']} steps, {len(facts['floors'])} quantities"
+    )
+    return 0
+
+
+def _record_tiny(args: argparse.Namespace) -> dict:
+    from . import record
+    from .shapes import shape
+
+    for name in ("prompt", "prompt_length", "max_new_tokens", "max_denoising_steps"):
+        if getattr(args, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: a tiny shape has its own; leave it out or use --model FOLDER"
+            )
+    chosen = shape(args.model.removeprefix("tiny:"))
+    return record.record_tiny(chosen, args.model, args.out, device=args.device, seed=args.seed)
+
+
+def _check(args: argparse.Namespace) -> int:
+    os.environ["MLX_ENABLE_TF32"] = "0"  # float32 means float32; read when MLX first multiplies
+    import mlx.core as mx
+
+    from .check import check
+
+    if args.device == "gpu" and not mx.is_available(mx.gpu):
+        raise UsageError("--device gpu: MLX has no GPU here; use --device cpu")
+    if args.device:
+        mx.set_default_device(mx.gpu if args.device == "gpu" else mx.cpu)
+    failed = []
+    for folder in args.bundle:
+        report = check(folder, args.model)
+        print(report.table(), end="\n\n", flush=True)
+        failed += [] if report.passed else [f"{folder} at {report.first_failure}"]
+    if failed:
+        raise InputError(f"not the same as the reference: {'; '.join(failed)}")
+    return 0

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pytest
+
+from mlx_dgemma.loading import load_model
+from mlx_dgemma.parity import bundle as bundles
+from mlx_dgemma.parity.check import Report, judge
+
+BUNDLES = Path(__file__).parent / "bundles"
+
+
+class Replay:
+    """A committed bundle and its model, freshly loaded so that a test may damage it."""
+
+    def __init__(self, name: str):
+        self.bundle = bundles.read(BUNDLES / name)
+        self.model = load_model(BUNDLES / name / "model")
+
+    def judge(self) -> Report:
+        return judge(self.bundle, self.model)
+
+
+@pytest.fixture
+def replay():
+    return Replay

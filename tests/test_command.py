@@ -1,0 +1,117 @@
+"""The command as a user runs it: what it prints, what it says of mistakes, how it ends."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from mlx_dgemma import __main__ as dispatcher
+from tests.helpers import write_checkpoint
+
+main = sys.modules["mlx_dgemma.generate"].main
+ANSWER = '{"name": "Ann", "age": 31, "city": "Oslo"}'
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of the generate command, in this process."""
+    status = 0
+    try:
+        main(argv)
+    except SystemExit as end:
+        status = end.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_it_answers_and_prints_statistics_as_mlx_lm_does(capsys):
+    status, out, err = run(capsys, "--prompt", "json name=Ann age=31 city=Oslo")
+    lines = out.splitlines()
+    assert (status, err) == (0, "")
+    assert lines[:3] == ["==========", ANSWER, "=========="]
+    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Forwards", "Peak memory"]
+    assert "per token" in lines[5]
+
+
+def test_quiet_prints_the_answer_alone(capsys):
+    assert run(capsys, "--prompt", "json name=Ann age=31 city=Oslo", "--verbose", "F")[1] == ANSWER + "\n"
+
+
+def test_the_prompt_from_standard_input(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("json name=Ann age=31 city=Oslo"))
+    assert run(capsys, "--prompt", "-", "--verbose", "F")[1] == ANSWER + "\n"
+
+
+def test_denoising_is_shown_line_by_line_where_there_is_no_terminal(capsys):
+    _, out, _ = run(capsys, "--prompt", "json name=Ann age=31 city=Oslo", "--show-denoising")
+    steps = [line for line in out.splitlines() if line.startswith("[canvas 0 step ")]
+    assert len(steps) >= 2
+    assert steps[-1].endswith(repr(ANSWER))
+    assert "\x1b" not in out
+
+
+def test_denoising_in_a_terminal_redraws_the_canvas(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = run(capsys, "--prompt", "json name=Ann age=31 city=Oslo", "--show-denoising", "--verbose", "F")
+    assert "\x1b[2m" in out  # unsettled text is dimmed
+    assert out.rpartition("\x1b[J")[2] == ANSWER + "\n", "the canvas is erased before the answer"
+
+
+BAD = {
+    "no such folder": (["--model", "/no/such/folder"], 1, "/no/such/folder"),
+    "hub without network": (["--model", "nobody/nothing"], 1, "nobody/nothing"),
+    "no config": (["--model", "{empty}"], 1, "config.json: no such file"),
+    "empty prompt": (["--prompt", " "], 2, "--prompt is empty"),
+    "max_tokens 0": (["--max-tokens", "0"], 2, "max_new_tokens must be greater than 0"),
+    "max_tokens negative": (["--max-tokens", "-5"], 2, "max_new_tokens"),
+    "t_min over t_max": (["--t-min", "0.9"], 2, "t_min must be below t_max"),
+    "bound 0": (["--entropy-bound", "0"], 2, "entropy_bound"),
+    "steps 0": (["--max-denoising-steps", "0"], 2, "max_denoising_steps"),
+    "other mode's option": (["--temp", "0.7"], 2, "temperature is an option of ar mode"),
+    "unknown mode": (["--mode", "magic"], 2, "magic"),
+    "prefill": (["--prefill-step-size", "0"], 2, "prefill_step_size"),
+    "too long": (["--prompt", "json " * 9000], 1, "tokens; the context of 8192"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_a_status(capsys, tmp_path, case):
+    extra, expected, said = BAD[case]
+    extra = [text.replace("{empty}", str(tmp_path)) for text in extra]
+    given = extra if "--prompt" in extra else ["--prompt", "json name=Ann", *extra]
+    status, out, err = run(capsys, *given)
+    assert status == expected
+    assert out == ""
+    assert err.count("\n") == 1 and said in err and err.startswith("mlx_dgemma.generate: ")
+
+
+def test_debug_keeps_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        main(["--model", str(tmp_path), "--prompt", "x", "--debug"])
+
+
+def test_help_appears_without_loading_mlx():
+    code = "import sys; sys.argv[1:] = ['generate', '--help']\n"
+    code += "from mlx_dgemma.__main__ import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert 'mlx.core' not in sys.modules, 'MLX was loaded'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--max-denoising-steps" in done.stdout
+
+
+def test_the_dispatcher(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mlx_dgemma", "nonsense"])
+    with pytest.raises(SystemExit) as end:
+        dispatcher.main()
+    assert end.value.code == 2
+    assert "no command 'nonsense'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["mlx_dgemma"])
+    dispatcher.main()
+    assert "generate" in capsys.readouterr().out
+
+
+def test_a_checkpoint_folder_from_elsewhere(capsys, tmp_path):
+    write_checkpoint(tmp_path)
+    status, out, _ = run(capsys, "--model", str(tmp_path), "--prompt", "json", "--ignore-chat-template", "-m", "4")
+    assert status == 1 or "Generation: 4 tokens" in out  # the tiny vocabulary may not hold the prompt's ids

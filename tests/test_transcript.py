@@ -1,0 +1,49 @@
+import pytest
+
+from mlx_dgemma.transcript import Transcript
+
+THINK = "<|channel>thought\n2 + 2 = 4<channel|>four"
+
+
+def feed(nano, text: str, sizes: int, stop=()):
+    """Run ids of `text` through a transcript, `sizes` at a time."""
+    tokenizer = nano[1]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    transcript, pieces = Transcript(tokenizer, stop), []
+    for first in range(0, len(ids), sizes):
+        pieces.append(transcript.add(ids[first : first + sizes]))
+    pieces.append(transcript.finish())
+    return "".join(p.text for p in pieces), "".join(p.reasoning for p in pieces), transcript
+
+
+@pytest.mark.parametrize("sizes", [1, 2, 3, 100])
+def test_thinking_is_apart_and_markers_never_appear(nano, sizes):
+    assert feed(nano, THINK, sizes)[:2] == ("four", "2 + 2 = 4")
+    assert feed(nano, "plain<turn|>", sizes)[:2] == ("plain", "")
+    assert feed(nano, THINK + THINK, sizes)[:2] == ("fourfour", "2 + 2 = 42 + 2 = 4")
+
+
+@pytest.mark.parametrize("sizes", [1, 2, 100])
+def test_characters_of_several_tokens_come_whole(nano, sizes):
+    tokenizer = nano[1]
+    text = "määh 🎲🎲 ok"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    transcript, seen = Transcript(tokenizer), ""
+    for first in range(0, len(ids), sizes):
+        piece = transcript.add(ids[first : first + sizes]).text
+        assert "\ufffd" not in piece
+        seen += piece
+    assert seen + transcript.finish().text == text
+
+
+@pytest.mark.parametrize("sizes", [1, 3, 100])
+def test_a_stop_string_cuts_wherever_it_falls(nano, sizes):
+    text, _, transcript = feed(nano, "return result and more", sizes, ["result"])
+    assert (text, transcript.stopped) == ("return ", True)
+    text, _, transcript = feed(nano, "return resul", sizes, ["result"])
+    assert (text, transcript.stopped) == ("return resul", False)
+    assert feed(nano, "a = 1\nb = 2", sizes, ["zzz", "\nb", "= 2"])[0] == "a = 1"
+
+
+def test_a_stop_string_in_the_thoughts_stops_nothing(nano):
+    assert feed(nano, THINK, 1, ["2 +"])[:2] == ("four", "2 + 2 = 4")
