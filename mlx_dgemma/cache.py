@@ -77,7 +77,9 @@ class PrefixCache:
         if len(snapshot.layers) != len(self.layers):
             raise ValueError(f"a snapshot of {len(snapshot.layers)} layers does not fit {len(self.layers)}")
         for layer, (start, keys, values) in zip(self.layers, snapshot.layers, strict=True):
-            layer.start, layer.end, layer.keys, layer.values = start, snapshot.length, keys, values
+            layer.start, layer.end = start, snapshot.length
+            # handles of our own: writing into an array in place must not reach the snapshot
+            layer.keys, layer.values = (None, None) if keys is None else (keys[:], values[:])
 
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated for the cache to be complete."""

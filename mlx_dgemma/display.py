@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 RULE = "=" * 10
+LONG_PROMPT = 2048  # tokens from which the prompt's progress is worth showing
 DIM, PLAIN, UP, CLEAR_BELOW = "\x1b[2m", "\x1b[0m", "\x1b[{}A", "\x1b[J"
 
 
@@ -46,6 +47,24 @@ def show(
         print(RULE)
         print(statistics(last))
     return text
+
+
+def prefill_bar() -> Callable[[int, int], None]:
+    """A progress callback: a bar on standard error while a long prompt is encoded."""
+    from tqdm import tqdm
+
+    bar: tqdm | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and total > LONG_PROMPT:
+            bar = tqdm(total=total, desc="prompt", unit="token", leave=False, file=sys.stderr)
+        if bar is not None:
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+    return report
 
 
 class CanvasView:

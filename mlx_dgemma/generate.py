@@ -225,7 +225,7 @@ def _command(args: argparse.Namespace) -> None:
     if args.system_prompt and not args.ignore_chat_template:
         prompt = [{"role": "system", "content": args.system_prompt}, {"role": "user", "content": prompt}]
 
-    from .display import show
+    from .display import prefill_bar, show
     from .loading import load
 
     model, tokenizer = load(args.model, revision=args.revision)
@@ -241,6 +241,11 @@ def _command(args: argparse.Namespace) -> None:
         enable_thinking=args.enable_thinking,
         drafts=args.show_denoising,
         prefill_step_size=args.prefill_step_size,
+        prompt_progress_callback=prefill_bar(),
         **options,
     )
     show(responses, tokenizer, verbose=args.verbose, denoising=args.show_denoising)
+
+
+if __name__ == "__main__":
+    main()

@@ -92,6 +92,19 @@ def test_a_snapshot_survives_what_follows():
         target.restore(snapshot)
 
 
+def test_a_snapshot_survives_writing_over_what_was_restored():
+    cache = cache_of(300, 100)
+    snapshot = cache.snapshot()
+    for _ in range(2):
+        cache.restore(snapshot)
+        keys, _ = cache.layers[-1].beside(rows(0, 1), rows(0, 1))
+        assert positions(keys)[-3:-1] == [298, 299]
+        cache.restore(snapshot)
+        cache.rollback(2)
+        for layer in cache.layers:
+            layer.extend(rows(-9, 2), rows(-9, 2))
+
+
 def test_a_canvas_leaves_the_cache_as_it_was(tiny):
     cache = tiny.make_cache()
     prompt = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]])

@@ -81,9 +81,8 @@ def _record(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             max_denoising_steps=args.max_denoising_steps,
         )
-    print(
-        f"{args.out}: {len(facts['canvases'])} canvases in {facts['canvases']} steps, {len(facts['floors'])} quantities"
-    )
+    steps = " + ".join(map(str, facts["canvases"]))
+    print(f"{args.out}: {len(facts['canvases'])} canvases of {steps} steps, {len(facts['floors'])} quantities")
     return 0
 
 
