@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations, product
 
 NAMES = (
@@ -192,6 +193,7 @@ TASKS: dict[str, tuple[Callable[[random.Random], Example], float]] = {
 TEST_SEED = 2026
 
 
+@cache
 def held_out(count: int = 200, seed: int = TEST_SEED) -> dict[str, list[Example]]:
     """`count` test examples a task, with distinct prompts; 48 of the 288 grids serve Sudoku alone."""
     rng = random.Random(seed)
