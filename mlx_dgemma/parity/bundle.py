@@ -77,14 +77,20 @@ class Bundle:
 
     def floor(self, quantity: str) -> Error:
         """The error that float32 is allowed to have: the reference's own, but at least one rounding."""
-        own = self.facts["floors"][quantity]
-        rounding = EPSILON * own["scale"]
-        return Error(max(own["max"], rounding), max(own["rms"], rounding))
+        return self._at_least_one_rounding(quantity, self.own(quantity))
+
+    def floor_of_one_run(self, quantity: str) -> Error:
+        """The same from the recorded run alone, without its neighbours: a stricter, luckier measure."""
+        return self._at_least_one_rounding(quantity, Error(**self.facts["floors"][quantity]["one_run"]))
 
     def own(self, quantity: str) -> Error:
-        """The error of the reference in float32."""
+        """The error of the reference in float32, the largest of several runs."""
         own = self.facts["floors"][quantity]
         return Error(own["max"], own["rms"])
+
+    def _at_least_one_rounding(self, quantity: str, error: Error) -> Error:
+        rounding = EPSILON * self.facts["floors"][quantity]["scale"]
+        return Error(max(error.max, rounding), max(error.rms, rounding))
 
 
 def kept_rows(length: int) -> list[int]:

@@ -126,8 +126,9 @@ def _record(folder: Path, run: Run, work: Path, device: str) -> dict[str, Any]:
     sizes = ModelConfig.from_dict(config, str(folder / "config.json"))
     run = replace(run, sampling=_with_defaults(run.sampling, sizes))
     columns = bundle.column_step(sizes.vocab_size)
-    model = _load(folder, device)
-    story = _generate(model, run)
+    model = load_reference(folder, device)
+    story = generate_reference(model, run)
+    _check_story(story)
     single, choices = _walk(model, story, run, columns)
     _check_walk(story, single)
     with _float64(model) as exact:
@@ -172,7 +173,7 @@ def _with_defaults(sampling: GenerationConfig, config: ModelConfig) -> Generatio
 # --- models
 
 
-def _load(folder: Path, device: str) -> Reference:
+def load_reference(folder: Path, device: str) -> Reference:
     if device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -292,7 +293,7 @@ class Story:
             yield self.sequences[:, first + index * length : first + (index + 1) * length]
 
 
-def _generate(model: Reference, run: Run) -> Story:
+def generate_reference(model: Reference, run: Run) -> Story:
     """Run transformers' own `generate`, listening to its draws and decisions."""
     steps: list[list[dict[str, np.ndarray]]] = []
     draws: dict[str, torch.Tensor] = {}
@@ -337,11 +338,6 @@ def _generate(model: Reference, run: Run) -> Story:
         patches.enter_context(mock.patch.object(generation.EntropyBoundSampler, "initialize_canvas", listen_uniform))
         prompt = torch.tensor(run.prompt, device=model.device)
         output = model.generate(prompt, generation_config=generation.DiffusionGemmaGenerationConfig(**options))
-    if len(steps) < 2 or len(steps[0]) < 2:
-        raise InputError(
-            f"the run has {len(steps)} canvases and {len(steps[0])} steps in the first; it takes two of each: "
-            "try another --seed or --max-new-tokens"
-        )
     return Story(run.prompt, steps, output.sequences.cpu().numpy())
 
 
@@ -463,6 +459,16 @@ def _decisive(z: torch.Tensor, sampling: GenerationConfig) -> dict[str, torch.Te
     }
 
 
+def _check_story(story: Story) -> None:
+    """One canvas shows no cache that grows, one step no self-conditioning."""
+    steps = story.steps
+    if len(steps) < 2 or len(steps[0]) < 2:
+        raise InputError(
+            f"the run has {len(steps)} canvases and {len(steps[0])} steps in the first; it takes two of each: "
+            "try another --seed or --max-new-tokens"
+        )
+
+
 def _check_walk(story: Story, single: dict[str, np.ndarray]) -> None:
     """The walk must be what generate did, or it says nothing about it."""
     steps = [step for canvas in story.steps for step in canvas]
@@ -479,7 +485,7 @@ def _floor(name: str, singles: list[dict[str, np.ndarray]], truth: dict[str, np.
     exact = truth[name][ran]
     errors = [bundle.Error.between(single[name][ran], exact) for single in singles]
     largest = {key: max(getattr(error, key) for error in errors) for key in ("max", "rms")}
-    return largest | {"scale": float(np.abs(exact).max())}
+    return largest | {"scale": float(np.abs(exact).max()), "one_run": vars(errors[0])}
 
 
 def _stored(quantities: dict[str, np.ndarray], story: Story) -> dict[str, np.ndarray]:

@@ -17,6 +17,8 @@ from mlx_dgemma.parity.shapes import SHAPES
 pytestmark = pytest.mark.reference
 
 BUNDLES = Path(__file__).parent / "bundles"
+ANGLES = {"float", "to", "mul", "__mul__", "cat", "__get__", "__getitem__"}  # what makes them
+COPIES = {"clone", "__deepcopy__"}  # of the model, before it is widened
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +47,30 @@ def test_recording_is_deterministic(record, tmp_path):
             np.testing.assert_allclose(new.arrays[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_the_truth_is_float64_throughout(record, tmp_path):
-    """No rounding to float32 is left in it: float64 weights moved by 1e-12 move everything by about as much."""
+def test_the_truth_is_float64_throughout(record):
+    """Nothing but RoPE's angles, positions times inverse frequencies, is computed in float32."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
-    shape = SHAPES["window"]
-    record._save_random(shape, torch.Generator().manual_seed(0), tmp_path / "model")
-    model = record._load(tmp_path / "model", "cpu")
-    ids = torch.arange(3, 16)[None]
-    outs = []
-    for factor in (1.0, 1.0 + 1e-12):
-        with torch.no_grad(), record._float64(model) as exact:
-            exact.model.decoder.embed_tokens.weight *= factor
-            out = exact(input_ids=ids, decoder_input_ids=ids[:, :7], self_conditioning_logits=None)
-            outs.append(out.logits)
-    assert outs[0].dtype == torch.float64
-    moved = (outs[0] - outs[1]).abs().max().item()
-    assert 0 < moved < 1e-8, "a float32 rounding anywhere would leave 0 or 1e-6"
+    class Narrow(TorchFunctionMode):
+        """Entered first, it sees calls as `_float64` has changed them."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+                seen.add(function.__name__)
+            return out
+
+    model = record.load_reference(BUNDLES / "window" / "model", "cpu")
+    ids, z = torch.arange(3, 16)[None], torch.ones(1, 7, 101, dtype=torch.float64)
+    seen: set[str] = set()
+    with torch.no_grad(), Narrow(), record._float64(model) as exact:
+        out = exact(input_ids=ids, decoder_input_ids=ids[:, :7], self_conditioning_logits=z)
+    assert out.logits.dtype == torch.float64
+    assert seen <= ANGLES | COPIES, seen
+    with torch.no_grad(), Narrow():
+        model(input_ids=ids, decoder_input_ids=ids[:, :7], self_conditioning_logits=z.float())
+    assert {"softmax", "linear"} <= seen, "the spy sees float32 where there is some"
 
 
 def test_a_run_that_shows_too_little_is_refused(record, tmp_path):
