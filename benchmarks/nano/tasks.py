@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
@@ -209,16 +209,20 @@ def held_out(count: int = 200, seed: int = TEST_SEED) -> dict[str, list[Example]
     return tests
 
 
-def training_stream(seed: int) -> Iterator[Example]:
-    """Endless training examples in the shares of `TASKS`; none has the key of a test example."""
+def training_stream(seed: int, shares: Mapping[str, float] | None = None) -> Iterator[Example]:
+    """Endless training examples, none with the key of a test example.
+
+    Args:
+        shares: of each task; those left out have the share of `TASKS`.
+    """
     tests = held_out()
     forbidden = {task: {example.key for example in examples} for task, examples in tests.items()}
     objects = forbidden["json"] | forbidden["edit"]  # json and edit answer with the same kind of object
     forbidden["json"] = forbidden["edit"] = objects
     rng = random.Random(seed)
-    names, shares = list(TASKS), [share for _, share in TASKS.values()]
+    names, weights = list(TASKS), [(shares or {}).get(task, share) for task, (_, share) in TASKS.items()]
     while True:
-        task = rng.choices(names, shares)[0]
+        task = rng.choices(names, weights)[0]
         example = TASKS[task][0](rng)
         shown = example.prompt.partition(" in ")[2] if task == "edit" else None
         if example.key not in forbidden[task] and shown not in objects:

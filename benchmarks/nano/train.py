@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -82,9 +83,8 @@ def encode_example(tokenizer: PreTrainedTokenizerFast, example: Example, think: 
     return prompt, [*tokenizer(answer).input_ids, TURN_END]
 
 
-def batches(tokenizer, size: int, canvas: int, seed: int):
+def batches(tokenizer, size: int, canvas: int, stream: Iterator[Example]):
     """(prompt, prompt_mask, answer): prompts padded on the left, answers to the canvas on the right."""
-    stream = training_stream(seed)
     for number in itertools.count():
         rows = []
         for index, example in enumerate(itertools.islice(stream, size)):
@@ -171,7 +171,7 @@ def trim_sliding(masks: dict[str, torch.Tensor], cache: DynamicCache, queries: i
     return {**masks, "sliding_attention": masks["sliding_attention"][..., -rows:]}
 
 
-def losses(model, prompt, mask, answer, *, self_conditioning: float, generator: torch.Generator):
+def losses(model, prompt, mask, answer, *, self_conditioning: float, by_example: bool, generator):
     """(diffusion loss, next-token loss, canvas accuracy) of one batch."""
     config, decoder, encoder = model.config.text_config, model.model.decoder, model.model.encoder.language_model
     (batch, width), length = prompt.shape, answer.shape[1]
@@ -207,7 +207,7 @@ def losses(model, prompt, mask, answer, *, self_conditioning: float, generator: 
     logits = softcapped(model, hidden)
     ended = (answer == TURN_END).cumsum(-1) > 0
     weight = torch.where(ended & (answer != TURN_END), 0.1, 1.0)
-    diffusion = (F.cross_entropy(logits.transpose(1, 2), answer, reduction="none") * weight).sum() / weight.sum()
+    diffusion = mean(F.cross_entropy(logits.transpose(1, 2), answer, reduction="none"), weight, by_example)
 
     # next token, over the answer, through the same cache
     used = int((answer != PAD).sum(-1).max())
@@ -223,7 +223,14 @@ def losses(model, prompt, mask, answer, *, self_conditioning: float, generator: 
     counts = (targets != PAD).float()
     following = F.cross_entropy(softcapped(model, states).transpose(1, 2), targets, reduction="none")
     correct = ((logits.argmax(-1) == answer) | (weight < 1)).all(-1).float().mean()
-    return diffusion, (following * counts).sum() / counts.sum(), correct
+    return diffusion, mean(following, counts, by_example), correct
+
+
+def mean(loss: torch.Tensor, weight: torch.Tensor, by_example: bool) -> torch.Tensor:
+    """Weighted mean over all positions, or over examples of the mean of each: short answers then count as much."""
+    if by_example:
+        return ((loss * weight).sum(-1) / weight.sum(-1)).mean()
+    return (loss * weight).sum() / weight.sum()
 
 
 def first_rows(inputs: dict, count: int) -> dict:
@@ -258,14 +265,18 @@ def train(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(model, args.lr)
     generator = torch.Generator().manual_seed(args.seed)
     progress, started = Progress(), time.time()
-    stream = batches(tokenizer, args.batch, model.config.canvas_length, args.seed)
+    stream = batches(tokenizer, args.batch, model.config.canvas_length, training_stream(args.seed, args.shares))
     for step in tqdm(range(1, args.steps + 1), mininterval=30):
         decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / 200) * decay
         with torch.autocast("cpu", dtype=torch.bfloat16):
             diffusion, following, exact = losses(
-                model, *next(stream), self_conditioning=args.self_conditioning, generator=generator
+                model,
+                *next(stream),
+                self_conditioning=args.self_conditioning,
+                by_example=args.mean_over == "example",
+                generator=generator,
             )
         (diffusion + following).backward()
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
@@ -340,6 +351,11 @@ def save(model, tokenizer, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def parse_shares(text: str) -> dict[str, float]:
+    """`json=0.2,sudoku=0.4` -> shares by task."""
+    return {task: float(share) for task, _, share in (part.partition("=") for part in text.split(","))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write the checkpoint to")
@@ -350,6 +366,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--self-conditioning", type=float, default=0.4)
+    parser.add_argument("--mean-over", choices=("token", "example"), default="token", help="of the losses")
+    parser.add_argument(
+        "--shares", type=parse_shares, default={}, metavar="TASK=SHARE,...", help="of the tasks in a batch"
+    )
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 

@@ -36,6 +36,12 @@ def test_recorded_now_and_repeated(record, name, tmp_path):
     assert report.passed, report.table()
 
 
+def test_the_embedded_checkpoint_recorded_now_and_repeated(record, tmp_path):
+    record.record_checkpoint("nano", tmp_path / "out")
+    report = check(tmp_path / "out")
+    assert report.passed, report.table()
+
+
 def test_recording_is_deterministic(record, tmp_path):
     record.record_tiny(SHAPES["full"], "tiny:full", tmp_path / "out")
     new, committed = bundles.read(tmp_path / "out"), bundles.read(BUNDLES / "full")
