@@ -101,8 +101,8 @@ def decode(
         yield Block(index, tokens, reason, canvas)
         if reason is not None:
             return
-        hidden = model.encode(mx.array(canvas[None]), cache)
-        mx.async_eval(hidden, cache.arrays())
+        model.encode(mx.array(canvas[None]), cache)
+        mx.async_eval(cache.arrays())
         counts.encode_forwards += 1
         counts.positions += length
         index += 1

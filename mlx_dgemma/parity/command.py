@@ -6,9 +6,13 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..command import run_command
 from ..errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from .shapes import Shape
 
 DESCRIPTION = """\
 Show that this package computes what the reference computes.
@@ -66,10 +70,11 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _record(args: argparse.Namespace) -> int:
-    from . import record
+    tiny = _tiny_shape(args) if args.model.startswith("tiny:") else None
+    from . import record  # torch: what can be told without it has been told
 
-    if args.model.startswith("tiny:"):
-        facts = _record_tiny(args)
+    if tiny is not None:
+        facts = record.record_tiny(tiny, args.model, args.out, device=args.device, seed=args.seed)
     else:
         facts = record.record_checkpoint(
             args.model,
@@ -86,8 +91,7 @@ def _record(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record_tiny(args: argparse.Namespace) -> dict:
-    from . import record
+def _tiny_shape(args: argparse.Namespace) -> Shape:
     from .shapes import shape
 
     for name in ("prompt", "prompt_length", "max_new_tokens", "max_denoising_steps"):
@@ -95,8 +99,7 @@ def _record_tiny(args: argparse.Namespace) -> dict:
             raise UsageError(
                 f"--{name.replace('_', '-')}: a tiny shape has its own; leave it out or use --model FOLDER"
             )
-    chosen = shape(args.model.removeprefix("tiny:"))
-    return record.record_tiny(chosen, args.model, args.out, device=args.device, seed=args.seed)
+    return shape(args.model.removeprefix("tiny:"))
 
 
 def _check(args: argparse.Namespace) -> int:
