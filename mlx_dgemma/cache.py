@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from .config import ModelConfig
 
+SLACK = 64  # tokens that can be rolled back, unless another number is asked for
 GROWTH = 256  # rows by which a buffer grows at least, as in mlx_lm
 
 
@@ -28,10 +29,6 @@ class Snapshot:
     length: int
     layers: tuple[tuple[int, mx.array | None, mx.array | None], ...]  # (first position, keys, values)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(rows.nbytes for _, *pair in self.layers for rows in pair if rows is not None)
-
 
 class PrefixCache:
     """The keys and values of tokens [0, length), one `LayerRows` per layer.
@@ -41,7 +38,7 @@ class PrefixCache:
         slack: how many tokens can be rolled back after any number of tokens.
     """
 
-    def __init__(self, config: ModelConfig, slack: int = 64):
+    def __init__(self, config: ModelConfig, slack: int = SLACK):
         if slack < 0:
             raise ValueError(f"slack must not be negative, not {slack}")
         self.slack = slack
@@ -54,10 +51,6 @@ class PrefixCache:
     def length(self) -> int:
         """Tokens encoded so far."""
         return self.layers[-1].end
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
 
     def rollback(self, count: int) -> None:
         """Forget the last `count` tokens. Raises ValueError if rows needed then are gone."""
@@ -99,10 +92,6 @@ class LayerRows:
         self.start = self.end = 0
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
     def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append rows (B, H, L, D) for good; return the rows that the new ones may see, themselves last."""

@@ -21,7 +21,8 @@ from .errors import InputError
 INDEX = "model.safetensors.index.json"
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_BYTES = {"I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 def module_name(name: str) -> str:
@@ -50,7 +51,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.size * _BYTES.get(self.dtype, 1)
+        return self.size * _BYTES[self.dtype]
 
 
 class Checkpoint:
@@ -92,7 +93,8 @@ def _index(path: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise InputError(f"{path}: has no weight_map")
     for name, shard in listed.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+        is_plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
+        if not is_plain or not shard.endswith(".safetensors"):
             raise InputError(f"{path}: {name} points to {shard!r}, which is not a file name in this folder")
     return listed
 
@@ -107,8 +109,12 @@ def read_header(path: Path, index: Path | None = None) -> list[TensorInfo]:
                 raise ValueError(f"its header of {length} bytes is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         infos = [TensorInfo(name, e["dtype"], tuple(e["shape"]), path) for name, e in header.items()]
+        for info in infos:
+            first, last = header[info.name]["data_offsets"]
+            if info.dtype not in _BYTES or last - first != info.nbytes:
+                raise ValueError(f"{info.name}: {info.dtype} of shape {info.shape} is not what is stored")
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except FileNotFoundError:
         named = f", which {index.name} names" if index else ""
         raise InputError(f"{path}: no such shard{named}; download the checkpoint again") from None

@@ -7,8 +7,10 @@ the default of transformers' class (`DiffusionGemmaTextConfig`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from .errors import InputError, UsageError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MODEL_TYPE = "diffusion_gemma"
+LEAST_TEMPERATURE = 1e-6
 
 DEFAULT_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -57,7 +60,7 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
-    eos_token_ids: tuple[int, ...] = (1,)
+    eos_token_ids: tuple[int, ...] = ()
     image_token_ids: tuple[int, ...] = (255_999, 258_880, 258_882)
     quantization: Mapping[str, Any] | None = None
 
@@ -70,9 +73,7 @@ class ModelConfig:
         """Parse config.json. Raises InputError naming the key that is missing or unsupported."""
         if raw.get("model_type") != MODEL_TYPE:
             raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, this package runs {MODEL_TYPE!r}")
-        text = raw.get("text_config") or {}
-        if not isinstance(text, Mapping):
-            raise InputError(f"{where}: text_config must be an object")
+        text = _object(raw, "text_config", where)
         _refuse_unsupported(raw, text, where)
         values: dict[str, Any] = {name: text[name] for name in _TEXT_KEYS if text.get(name) is not None}
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
@@ -81,19 +82,18 @@ class ModelConfig:
         if raw.get("canvas_length") is not None:
             values["canvas_length"] = raw["canvas_length"]
         for name, value in values.items():
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-                raise InputError(f"{where}: {name} must be a positive number, not {value!r}")
+            _check_size(name, value, where)
         for name in ("pad_token_id", "bos_token_id"):
-            if name in text:
-                values[name] = text[name]
+            if text.get(name) is not None:
+                values[name] = as_ids(text[name], name, where)[0]
         if text.get("eos_token_id") is not None:
-            values["eos_token_ids"] = as_ids(text["eos_token_id"])
+            values["eos_token_ids"] = as_ids(text["eos_token_id"], "eos_token_id", where)
         image = (raw.get("boi_token_id", 255_999), raw.get("image_token_id", 258_880), raw.get("eoi_token_id", 258_882))
         config = cls(
             **values,
             layers=_layers(text, where),
             image_token_ids=tuple(i for i in image if i is not None),
-            quantization=raw.get("quantization") or raw.get("quantization_config"),
+            quantization=_object(raw, "quantization", where) or _object(raw, "quantization_config", where) or None,
         )
         config._validate(where)
         return config
@@ -126,6 +126,22 @@ _TEXT_KEYS = (
 )
 
 
+def _object(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """A nested object of a configuration; absent or null: an empty one."""
+    value = raw.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: {key} must be an object, not {value!r}")
+    return value
+
+
+def _check_size(name: str, value: Any, where: str) -> None:
+    is_real = name in ("rms_norm_eps", "final_logit_softcapping") and type(value) is float and math.isfinite(value)
+    if not (type(value) is int or is_real) or value <= 0:
+        raise InputError(f"{where}: {name} must be a positive {'' if is_real else 'whole '}number, not {value!r}")
+
+
 def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any], where: str) -> None:
     supported = {
         "use_bidirectional_attention": (None, "vision", False),
@@ -143,27 +159,27 @@ def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any], where: 
 def _layers(text: Mapping[str, Any], where: str) -> tuple[LayerConfig, ...]:
     """Kinds, head sizes and rotary embedding of every layer, from either spelling."""
     count = text.get("num_hidden_layers", 30)
+    _check_size("num_hidden_layers", count, where)
     kinds = text.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
-    if len(kinds) != count or not set(kinds) <= {SLIDING, FULL}:
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (SLIDING, FULL) for kind in kinds):
         raise InputError(f"{where}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}")
     kinds = [*kinds[:-1], FULL]  # the reference forces the last layer to full attention
     heads = {"head_dim": text.get("head_dim", 256), "num_key_value_heads": text.get("num_key_value_heads", 4)}
     full = {"head_dim": text.get("global_head_dim") or 512}
     if text.get("num_global_key_value_heads"):
         full["num_key_value_heads"] = text["num_global_key_value_heads"]
-    per_layer = text.get("per_layer_config")
-    rope = text.get("rope_parameters") or DEFAULT_ROPE
+    per_layer = _object(text, "per_layer_config", where) if text.get("per_layer_config") is not None else None
+    rope = _object(text, "rope_parameters", where) or DEFAULT_ROPE
     layers = []
     for index, kind in enumerate(kinds):
         if per_layer is not None:
-            overrides = per_layer.get(str(index), {})
+            overrides = _object(per_layer, str(index), f"{where}: per_layer_config")
         else:
             overrides = full if kind == FULL else {}
         sizes = heads | {key: overrides[key] for key in heads if overrides.get(key) is not None}
         for name, value in sizes.items():
-            if type(value) is not int or value <= 0:
-                raise InputError(f"{where}: {name} of layer {index} must be a positive integer, not {value!r}")
-        layers.append(LayerConfig(kind=kind, **sizes, **_rotary(rope.get(kind), kind, where)))
+            _check_size(name, value, f"{where}: layer {index}")
+        layers.append(LayerConfig(kind=kind, **sizes, **_rotary(_object(rope, kind, where), kind, where)))
     return tuple(layers)
 
 
@@ -175,6 +191,8 @@ def _rotary(parameters: Mapping[str, Any] | None, kind: str, where: str) -> dict
     if parameters.get("factor", 1.0) != 1.0:
         raise InputError(f"{where}: a rope factor of {parameters['factor']} for {kind} is not supported")
     factor = parameters.get("partial_rotary_factor", 1.0)
+    if not isinstance(factor, (int, float)) or not 0 < factor <= 1:
+        raise InputError(f"{where}: partial_rotary_factor for {kind} must lie in 0-1, not {factor!r}")
     if kind == SLIDING and factor != 1.0:
         raise InputError(f"{where}: partial_rotary_factor {factor} for {kind} is not supported")
     theta = parameters.get("rope_theta")
@@ -183,9 +201,12 @@ def _rotary(parameters: Mapping[str, Any] | None, kind: str, where: str) -> dict
     return {"rope_theta": float(theta), "rotary_factor": float(factor)}
 
 
-def as_ids(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+def as_ids(value: Any, name: str, where: str) -> tuple[int, ...]:
     """An id or a list of ids, as a tuple."""
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not ids or any(type(i) is not int or i < 0 for i in ids):
+        raise InputError(f"{where}: {name} must be a token id or a list of them, not {value!r}")
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,15 +226,17 @@ class GenerationConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "generation_config.json") -> GenerationConfig:
         """Parse generation_config.json; nulls mean the defaults, the entropy bound is nested."""
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"eos_token_ids", "pad_token_id"}
         values = {name: raw[name] for name in names & raw.keys() if raw[name] is not None}
-        sampler = raw.get("sampler_config") or {}
+        sampler = _object(raw, "sampler_config", where)
         if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
             raise InputError(f"{where}: sampler {sampler['_cls_name']!r} is not supported")
         if sampler.get("entropy_bound") is not None:
             values["entropy_bound"] = sampler["entropy_bound"]
         if raw.get("eos_token_id") is not None:
-            values["eos_token_ids"] = as_ids(raw["eos_token_id"])
+            values["eos_token_ids"] = as_ids(raw["eos_token_id"], "eos_token_id", where)
+        if raw.get("pad_token_id") is not None:
+            values["pad_token_id"] = as_ids(raw["pad_token_id"], "pad_token_id", where)[0]
         try:
             return cls().replace(**values)
         except UsageError as error:
@@ -229,10 +252,13 @@ class GenerationConfig:
         for name in ("max_new_tokens", "max_denoising_steps", "stability_threshold"):
             _require(self, name, type(getattr(self, name)) is int, "must be an integer")
         for name in ("entropy_bound", "t_min", "t_max", "confidence_threshold"):
-            _require(self, name, type(getattr(self, name)) in (int, float), "must be a number")
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            _require(self, name, is_number and math.isfinite(value), "must be a finite number")
         positive = ("max_new_tokens", "max_denoising_steps", "entropy_bound", "t_max", "confidence_threshold")
         for name in positive:
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
+        _require(self, "t_max", self.t_max >= LEAST_TEMPERATURE, f"must be at least {LEAST_TEMPERATURE}")
         for name in ("t_min", "stability_threshold"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "t_min", self.t_min < self.t_max, f"must be below t_max, which is {self.t_max}")

@@ -32,7 +32,8 @@ def show(
         print(RULE)
     for last in responses:
         if last.is_draft:
-            view.draw(last)
+            if view is not None:
+                view.draw(last, text)
             continue
         if view is not None:
             view.erase()
@@ -47,6 +48,10 @@ def show(
         print(RULE)
         print(statistics(last))
     return text
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def prefill_bar() -> Callable[[int, int], None]:
@@ -75,23 +80,28 @@ class CanvasView:
 
     def __init__(self, tokenizer: TokenizerWrapper):
         self._tokenizer = tokenizer
-        self._live = sys.stdout.isatty()
+        self._live = is_terminal()
         self._lines = 0
+        self._behind = ""
 
-    def draw(self, response: GenerationResponse) -> None:
+    def draw(self, response: GenerationResponse, said: str = "") -> None:
+        """Show a frame; it takes the place of the unfinished last line of what has been `said` so far."""
         accepted, total = sum(response.draft_accepted), len(response.draft_accepted)
         head = f"[canvas {response.canvas_index} step {response.draft_step}: {accepted}/{total} accepted]"
         if not self._live:
             print(head, repr(self._until_end(response.draft_text)))
             return
         self.erase()
-        lines = [head, *self._colored(response)]
-        print("\n".join(lines), flush=True)
+        width = shutil.get_terminal_size().columns
+        line = said.rpartition("\n")[2]
+        self._behind = line[len(line) - len(line) % width :]
+        lines = [head[: width - 1], *self._colored(response)]
+        print("\r" + CLEAR_BELOW + "\n".join(lines), flush=True)
         self._lines = len(lines)
 
     def erase(self) -> None:
         if self._lines:
-            print(UP.format(self._lines) + "\r" + CLEAR_BELOW, end="", flush=True)
+            print(UP.format(self._lines) + "\r" + CLEAR_BELOW + self._behind, end="", flush=True)
             self._lines = 0
 
     def _until_end(self, text: str) -> str:

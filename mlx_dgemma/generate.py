@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command import run_command
 from .config import GenerationConfig
-from .errors import UsageError
+from .errors import InputError, UsageError
 from .response import Clock, GenerationResponse
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ DIFFUSION_OPTIONS = (
 )
 AR_OPTIONS = ("temperature", "top_p", "top_k", "drafter", "draft_width")
 MODES = ("diffusion",)
+LARGEST_PREFILL_STEP = 4096  # above it MLX has had wrong results on long inputs
 
 
 def generate(
@@ -84,17 +85,21 @@ def stream_generate(
     """
     # Checked here rather than in the generator below, so that errors come with the call.
     check_options(mode, options)
+    check_limits(max_tokens, prefill_step_size, seed)
     from .decoding.diffusion import check_prompt
-    from .decoding.prefill import PREFILL_STEP, check_step
+    from .decoding.prefill import PREFILL_STEP
     from .draws import Draws
+    from .memory import require_room
     from .prompt import encode_prompt
 
     config = model.generation_config.replace(max_new_tokens=max_tokens, **options)
     step = PREFILL_STEP if prefill_step_size is None else prefill_step_size
-    check_step(step)
     ids = encode_prompt(tokenizer, prompt, chat_template=chat_template, enable_thinking=enable_thinking)
     check_prompt(model, ids)
     stop = [stop] if isinstance(stop, str) else list(stop or ())
+    if not all(isinstance(string, str) for string in stop):
+        raise UsageError(f"stop must be a string or a list of strings, not {stop!r:.80}")
+    require_room(model, len(ids) + config.max_new_tokens)
     draws = Draws([seed], model.config.vocab_size) if draws is None else draws
     return _stream(model, tokenizer, ids, config, draws, stop, drafts, step, prompt_progress_callback)
 
@@ -164,6 +169,17 @@ def check_options(mode: str, options: dict[str, Any]) -> None:
             raise UsageError(f"{name} is not an option; diffusion has {', '.join(DIFFUSION_OPTIONS)}")
 
 
+def check_limits(max_tokens: int | None, prefill_step_size: int | None, seed: int) -> None:
+    """Raise UsageError for numbers that no checkpoint makes right."""
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise UsageError(f"max_tokens must be a whole number greater than 0, not {max_tokens!r}")
+    step = prefill_step_size
+    if step is not None and (type(step) is not int or not 1 <= step <= LARGEST_PREFILL_STEP):
+        raise UsageError(f"prefill_step_size must lie in 1-{LARGEST_PREFILL_STEP}, not {step!r}")
+    if type(seed) is not int:
+        raise UsageError(f"seed must be a whole number, not {seed!r}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `mlx_dgemma.generate`."""
     run_command(_command, argument_parser(), argv)
@@ -217,12 +233,19 @@ def _boolean(text: str) -> bool:
 def _command(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in (*DIFFUSION_OPTIONS, "temperature", "top_p", "top_k")}
     check_options(args.mode, options)
-    # out of range whatever the checkpoint: said before it is loaded
-    GenerationConfig().replace(max_new_tokens=args.max_tokens, **options)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    # what is out of range whatever the checkpoint is said before it is loaded
+    check_limits(args.max_tokens, args.prefill_step_size, args.seed)
+    alone = ("t_min", "t_max") if None in (args.t_min, args.t_max) else ()  # their order is the checkpoint's matter
+    GenerationConfig().replace(**{name: value for name, value in options.items() if name not in alone})
+    if args.ignore_chat_template and (args.system_prompt or args.enable_thinking):
+        raise UsageError("--ignore-chat-template leaves no place for --system-prompt or --enable-thinking")
+    try:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not text ({error})") from None
     if not prompt.strip():
         raise UsageError("--prompt is empty; give it some text")
-    if args.system_prompt and not args.ignore_chat_template:
+    if args.system_prompt:
         prompt = [{"role": "system", "content": args.system_prompt}, {"role": "user", "content": prompt}]
 
     from .display import prefill_bar, show

@@ -36,7 +36,7 @@ def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32; without weight if dims is None."""
+    """x / sqrt(mean(x^2) + eps) * weight, the norm taken in float32; without weight if dims is None."""
 
     def __init__(self, dims: int | None, eps: float):
         super().__init__()
@@ -132,19 +132,22 @@ class Attention(nn.Module):
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
 
     def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, run: Pass) -> mx.array:
-        """Attention in tiles of queries, so that scores of a long prefix never pass the budget."""
-        attend = mx.fast.scaled_dot_product_attention
-        if self.is_sliding or not run.causal:
-            return attend(queries, keys, values, scale=1.0, mask=run.sliding_mask(keys.shape[2]))
+        """Attention in tiles of queries, so that scores behind a long prefix never pass the budget."""
         batch, heads, length, _ = queries.shape
         tile = max(1, SCORES_BUDGET // (batch * heads * keys.shape[2]))
         prefix = keys.shape[2] - length
         outs = []
         for first in range(0, length, tile):
             last = min(length, first + tile)
-            seen = slice(0, prefix + last)  # MLX aligns "causal" to the last key, as it should be here
-            mask = "causal" if last - first > 1 else None
-            part = attend(queries[:, :, first:last], keys[:, :, seen], values[:, :, seen], scale=1.0, mask=mask)
+            end = keys.shape[2]
+            if self.is_sliding or not run.causal:
+                mask = run.sliding_mask(end)
+                mask = None if mask is None else mask[first:last]
+            else:  # MLX aligns "causal" to the last key, as it should be here
+                end, mask = prefix + last, "causal" if last - first > 1 else None
+            part = mx.fast.scaled_dot_product_attention(
+                queries[:, :, first:last], keys[:, :, :end], values[:, :, :end], scale=1.0, mask=mask
+            )
             outs.append(part)
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
 

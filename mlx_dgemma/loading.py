@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .checkpoint import Checkpoint, TensorInfo, module_name, tensor_name
-from .config import GenerationConfig, ModelConfig, as_ids, read_json
+from .config import GenerationConfig, ModelConfig, read_json
 from .errors import InputError
 from .memory import estimate, require_fit
 from .model import DiffusionGemma
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NANO = "nano"
 EMBEDDED = Path(__file__).parent / "nano"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "*.model"]
 ESTIMATE_CONTEXT = 8192  # tokens that the memory estimate of load() assumes, if the model has as many
 CACHE_LIMIT = 2 << 30  # bytes of freed buffers that MLX may keep on a GPU
@@ -31,7 +31,10 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `nano`, an existing folder, or a Hub id (downloaded if need be)."""
     if str(path_or_repo) == NANO:
         return EMBEDDED
-    path = Path(path_or_repo).expanduser()
+    try:
+        path = Path(path_or_repo).expanduser()
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{path_or_repo!r}: not a folder or a Hub id ({error})") from None
     if path.is_dir():
         return path
     if path.exists():
@@ -43,14 +46,14 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except RepositoryNotFoundError:
         raise InputError(f"{repo}: no such folder here and no such repository on the Hub (or it is gated)") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except Exception as error:  # the hub client lets through what its HTTP library raises
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(
             f"{repo}: no such folder here, and it cannot be downloaded from the Hub ({reason}); "
             "check the name and the network"
@@ -89,8 +92,7 @@ def load(
 def load_model(folder: str | Path, *, dtype: mx.Dtype | None = None, lazy: bool = False) -> DiffusionGemma:
     """The model of a checkpoint folder, with its `generation_config`; see `load`."""
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
-    config = ModelConfig.from_dict(raw, str(folder / "config.json"))
+    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     checkpoint = Checkpoint(folder)
     tensors = checkpoint.text_tensors()
     if dtype is None and mx.default_device() == mx.cpu:
@@ -102,7 +104,7 @@ def load_model(folder: str | Path, *, dtype: mx.Dtype | None = None, lazy: bool 
     weights = {module_name(name): _laid_out(name, _cast(array, dtype)) for name, array in arrays.items()}
     model.load_weights(list(weights.items()))
     model.eval()
-    model.generation_config = _generation_config(folder, raw, config)
+    model.generation_config = _generation_config(folder, config)
     context = min(ESTIMATE_CONTEXT, config.max_position_embeddings)
     model.memory = estimate(config, sum(w.nbytes for w in weights.values()), model.dtype, context)
     require_fit(model.memory, str(folder))
@@ -142,30 +144,33 @@ def _quantize(model: DiffusionGemma, config: ModelConfig, paths: set[str]) -> No
         size, bits, mode = settings["group_size"], settings["bits"], settings.get("mode", "affine")
     except KeyError as error:
         raise InputError(f"config.json: quantization has no {error}; this kind is not supported") from None
-    nn.quantize(model, group_size=size, bits=bits, mode=mode, class_predicate=quantised)
+    try:
+        nn.quantize(model, group_size=size, bits=bits, mode=mode, class_predicate=quantised)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"config.json: quantization {size=} {bits=} {mode=} cannot be used ({error})") from None
 
 
 def _check_names(model: DiffusionGemma, tensors: dict[str, TensorInfo], folder: Path) -> None:
     """Every tensor of the model is there, with its shape, and no other."""
-    expected = {tensor_name(path): array.shape for path, array in tree_flatten(model.parameters())}
+    expected = {tensor_name(path): array for path, array in tree_flatten(model.parameters())}
     for name in sorted(expected.keys() - tensors.keys()):
         raise InputError(f"{folder}: tensor {name} is missing, which config.json calls for")
     for name in sorted(tensors.keys() - expected.keys()):
         raise InputError(f"{tensors[name].shard}: tensor {name} has no place in the model of config.json")
     for name, info in sorted(tensors.items()):
-        if info.shape != tuple(expected[name]):
-            raise InputError(
-                f"{info.shard}: tensor {name} has the shape {info.shape}, config.json calls for {tuple(expected[name])}"
-            )
+        wanted = tuple(expected[name].shape)
+        if info.shape != wanted:
+            raise InputError(f"{info.shard}: tensor {name} has the shape {info.shape}, config.json calls for {wanted}")
+        if mx.issubdtype(expected[name].dtype, mx.floating) and info.dtype not in ("F32", "F16", "BF16"):
+            raise InputError(f"{info.shard}: tensor {name} is {info.dtype}; weights must be F32, F16 or BF16")
 
 
-def _generation_config(folder: Path, raw: dict[str, Any], config: ModelConfig) -> GenerationConfig:
+def _generation_config(folder: Path, config: ModelConfig) -> GenerationConfig:
     """generation_config.json if there is one; eos from there, else from text_config."""
     path = folder / "generation_config.json"
     generation = GenerationConfig.from_dict(read_json(path), str(path)) if path.exists() else GenerationConfig()
-    eos = (raw.get("text_config") or {}).get("eos_token_id")
-    if not generation.eos_token_ids and eos is not None:
-        generation = generation.replace(eos_token_ids=as_ids(eos))
+    if not generation.eos_token_ids:
+        generation = generation.replace(eos_token_ids=config.eos_token_ids)
     if generation.pad_token_id is None:
         generation = generation.replace(pad_token_id=config.pad_token_id)
     return generation
@@ -179,5 +184,6 @@ def load_tokenizer(folder: Path, model: DiffusionGemma, extra: dict[str, Any] | 
         raise InputError(f"{folder}: no tokenizer.json here; take it from the original checkpoint")
     try:
         return load_wrapped(folder, extra, eos_token_ids=list(model.generation_config.eos_token_ids) or None)
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever a broken tokenizer file makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason})") from None

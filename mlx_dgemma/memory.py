@@ -6,11 +6,13 @@ import os
 from dataclasses import dataclass
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from .cache import GROWTH
+from .cache import GROWTH, SLACK
 from .config import ModelConfig
 from .errors import InputError
 from .layers import SCORES_BUDGET
+from .model import DiffusionGemma
 from .sampling import VOCAB_CHUNK
 
 GB = 1e9
@@ -36,7 +38,7 @@ class MemoryEstimate:
 
 def estimate(config: ModelConfig, weights: int, dtype: mx.Dtype, context: int) -> MemoryEstimate:
     """What `weights` bytes of parameters need beside them to decode behind `context` tokens."""
-    rows = {True: min(context, config.sliding_window + 2 * GROWTH), False: context}
+    rows = {True: min(context, config.sliding_window + SLACK + 2 * GROWTH), False: context}
     kv = sum(2 * rows[x.is_sliding] * x.num_key_value_heads * x.head_dim * dtype.size for x in config.layers)
     canvas = config.canvas_length
     # float32 temporaries of one vocabulary slice, z of all slices, and scores over the prefix
@@ -55,10 +57,17 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def require_room(model: DiffusionGemma, context: int) -> None:
+    """Raise InputError if a context longer than the one assumed at loading cannot fit in memory."""
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    require_fit(estimate(model.config, weights, model.dtype, context), f"a context of {context} tokens")
+
+
 def require_fit(need: MemoryEstimate, where: str) -> None:
     """Raise InputError if weights, KV and one step cannot fit in this machine's memory."""
     have = machine_memory()
     if need.total > have:
         raise InputError(
-            f"{where}: needs about {need}, this machine has {have / GB:.2f} GB; take a quantised checkpoint"
+            f"{where}: needs about {need}, this machine has {have / GB:.2f} GB; "
+            "take a smaller one, or one that is quantised"
         )

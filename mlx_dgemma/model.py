@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import PrefixCache
+from .cache import SLACK, PrefixCache
 from .config import ModelConfig
 from .layers import Layer, Pass, RMSNorm, SelfConditioning
 
@@ -94,21 +94,20 @@ class DiffusionGemma(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of activations: that of the embedding (of its scales, if quantised)."""
-        embedding = self.model.decoder.embed_tokens
-        return embedding["scales"].dtype if "scales" in embedding else embedding.weight.dtype
+        """The dtype of activations: that of the norms, which no quantisation touches."""
+        return self.model.decoder.norm.weight.dtype
 
     @property
     def layers(self) -> list[Layer]:
         return self.model.decoder.layers
 
-    def make_cache(self, slack: int = 64) -> PrefixCache:
+    def make_cache(self, slack: int = SLACK) -> PrefixCache:
         """An empty cache that can be rolled back by `slack` tokens at any time."""
         return PrefixCache(self.config, slack)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Embeddings times sqrt(H), the factor rounded to the weights' dtype: (B, L) -> (B, L, H)."""
-        return self.model.decoder.embed_tokens(ids) * self._embed_scale()
+        return self.model.decoder.embed_tokens(ids).astype(self.dtype) * self._embed_scale()
 
     def encode(self, ids: mx.array, cache: PrefixCache, taps: Taps | None = None) -> mx.array:
         """Run (B, L) tokens causally behind the cached prefix; the cache grows by L.
@@ -163,7 +162,10 @@ class DiffusionGemma(nn.Module):
 
     def mix(self, shares: mx.array, ids: slice) -> mx.array:
         """Embeddings of a slice of the vocabulary, unscaled, weighted by `shares` (B, C, n): (B, C, H)."""
-        return shares.astype(self.dtype) @ self._embedding(ids)
+        embedding, shares = self.model.decoder.embed_tokens, shares.astype(self.dtype)
+        if "scales" not in embedding:
+            return shares @ embedding.weight[ids]
+        return mx.quantized_matmul(shares, *_quantized(embedding, ids), transpose=False, **_mode(embedding))
 
     def scale_soft(self, mixed: mx.array) -> mx.array:
         """What is left to do once the whole vocabulary has been mixed."""
@@ -172,30 +174,19 @@ class DiffusionGemma(nn.Module):
     def _embed_scale(self) -> mx.array:
         return mx.array(self.config.hidden_size**0.5, dtype=self.dtype)
 
-    def _embedding(self, ids: slice) -> mx.array:
-        embedding = self.model.decoder.embed_tokens
-        if "scales" not in embedding:
-            return embedding.weight[ids]
-        return mx.dequantize(
-            *_quantized(embedding, ids), group_size=embedding.group_size, bits=embedding.bits, mode=embedding.mode
-        )
-
     def _project(self, hidden: mx.array, ids: slice | mx.array | None) -> mx.array:
         embedding = self.model.decoder.embed_tokens
         if ids is None:
             return embedding.as_linear(hidden)
         if "scales" not in embedding:
             return hidden @ embedding.weight[ids].T
-        return mx.quantized_matmul(
-            hidden,
-            *_quantized(embedding, ids),
-            transpose=True,
-            group_size=embedding.group_size,
-            bits=embedding.bits,
-            mode=embedding.mode,
-        )
+        return mx.quantized_matmul(hidden, *_quantized(embedding, ids), transpose=True, **_mode(embedding))
 
 
 def _quantized(embedding: nn.Module, ids: slice | mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
     biases = embedding.get("biases")
     return embedding["weight"][ids], embedding["scales"][ids], None if biases is None else biases[ids]
+
+
+def _mode(embedding: nn.Module) -> dict[str, int | str]:
+    return {"group_size": embedding.group_size, "bits": embedding.bits, "mode": embedding.mode}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
@@ -32,14 +33,17 @@ def encode_prompt(
         if not chat_template or not tokenizer.has_chat_template:
             return list(tokenizer.encode(prompt))
         prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
+        raise InputError(f"the prompt must be a string, a list of token ids, or chat messages, not {prompt!r:.80}")
     items = list(prompt)
     if not items:
         raise InputError("the prompt is empty; give at least one token or message")
     if all(isinstance(item, Mapping) for item in items):
         return _encode_messages(tokenizer, items, enable_thinking)
-    if not all(hasattr(item, "__index__") and not isinstance(item, bool) for item in items):
-        raise InputError("the prompt must be a string, a list of token ids, or a list of chat messages")
-    return [int(item) for item in items]
+    try:
+        return [index(item) for item in items]
+    except TypeError:
+        raise InputError("the prompt must be a string, a list of token ids, or a list of chat messages") from None
 
 
 def _encode_messages(
@@ -48,6 +52,8 @@ def _encode_messages(
     if not tokenizer.has_chat_template:
         raise InputError("this tokenizer has no chat template; give the prompt as a string or as token ids")
     messages = [{**message, "content": _text_of(number, message)} for number, message in enumerate(messages)]
+    if not any(message["content"].strip() for message in messages):
+        raise InputError("the prompt is empty; give the messages some text")
     try:
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=enable_thinking, return_dict=False
@@ -62,8 +68,12 @@ def _text_of(number: int, message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if "role" not in message or content is None:
         raise InputError(f"message {number} must have 'role' and 'content'")
+    if any(message.get(kind) for kind in ("images", "image", "audio", "video")):
+        raise InputError(f"message {number} holds an image or other media; only text is supported yet")
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise InputError(f"message {number}: content must be a string or a list of parts, not {content!r:.80}")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -71,5 +81,7 @@ def _text_of(number: int, message: Mapping[str, Any]) -> str:
             raise InputError(
                 f"message {number} holds {kind or 'something other than text'}; only text is supported yet"
             )
-        texts.append(part.get("text", ""))
+        if not isinstance(part.get("text"), str):
+            raise InputError(f"message {number} holds a text part without text")
+        texts.append(part["text"])
     return "".join(texts)

@@ -88,7 +88,7 @@ def summarise(
     keeps = len(slices) == 1 or dtype.size < 4
     best, sums = RunningMax(), SoftmaxSums()
     rounded_sums = sums if dtype == mx.float32 else SoftmaxSums()
-    kept: list[mx.array | None] = []
+    kept: list[mx.array] = []
 
     def processed(ids: slice) -> mx.array:
         return model.logits(hidden, ids) / temperature
@@ -101,7 +101,8 @@ def summarise(
         rounded = z.astype(dtype)
         if rounded_sums is not sums:
             rounded_sums.add(rounded.astype(mx.float32))
-        kept.append(rounded if keeps else None)
+        if keeps:
+            kept.append(rounded)
         if len(slices) > 1:  # in order, so that slices do not pile up; this does not wait
             mx.async_eval(
                 best.ids,
@@ -112,10 +113,11 @@ def summarise(
                 kept[-1] if keeps else z,
             )
 
-    mixed = mx.zeros((), mx.float32)
-    for ids, rounded in zip(slices, kept, strict=True):
-        z = processed(ids) if rounded is None else rounded.astype(mx.float32)
-        mixed = mixed + model.mix(rounded_sums.shares(z), ids).astype(mx.float32)
+    if keeps:  # one product over the whole vocabulary, rounded once like the reference's
+        shares = [rounded_sums.shares(z.astype(mx.float32)).astype(dtype) for z in kept]
+        mixed = model.mix(mx.concatenate(shares, axis=-1), slice(None))
+    else:
+        mixed = sum(model.mix(sums.shares(processed(ids)), ids) for ids in slices)
     return Step(best=best.ids, draw=draw.ids, entropy=sums.entropy, soft=model.scale_soft(mixed))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -68,3 +69,22 @@ def write_checkpoint(folder: Path, raw: dict = TINY, model: DiffusionGemma | Non
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(EMBEDDED / name, folder / name)
     return folder
+
+
+def screen(output: str) -> str:
+    """What a terminal shows after `output`, by the few control sequences that are used here."""
+    lines, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]", output):
+        if piece.endswith("A") and len(piece) > 1:
+            row -= int(piece[2:-1])
+        elif piece == "\x1b[J":
+            lines = [*lines[:row], lines[row][:column]]
+        elif piece == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif piece == "\r":
+            column = 0
+        elif len(piece) == 1:
+            lines[row] = lines[row][:column].ljust(column) + piece + lines[row][column + 1 :]
+            column += 1
+    return "\n".join(lines).rstrip("\n")

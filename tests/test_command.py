@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from mlx_dgemma import __main__ as dispatcher
-from tests.helpers import write_checkpoint
+from mlx_dgemma import display
+from tests.helpers import screen, write_checkpoint
+from tests.test_loading import point_outside, truncate
 
 main = sys.modules["mlx_dgemma.generate"].main
 ANSWER = '{"name": "Ann", "age": 31, "city": "Oslo"}'
@@ -51,11 +53,11 @@ def test_denoising_is_shown_line_by_line_where_there_is_no_terminal(capsys):
 
 
 def test_denoising_in_a_terminal_redraws_the_canvas(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(display, "is_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
     _, out, _ = run(capsys, "--prompt", "json name=Ann age=31 city=Oslo", "--show-denoising", "--verbose", "F")
-    assert "\x1b[2m" in out  # unsettled text is dimmed
     assert out.rpartition("\x1b[J")[2] == ANSWER + "\n", "the canvas is erased before the answer"
+    assert screen(out) == ANSWER
 
 
 BAD = {
@@ -63,11 +65,15 @@ BAD = {
     "hub without network": (["--model", "nobody/nothing"], 1, "nobody/nothing"),
     "no config": (["--model", "{empty}"], 1, "config.json: no such file"),
     "empty prompt": (["--prompt", " "], 2, "--prompt is empty"),
-    "max_tokens 0": (["--max-tokens", "0"], 2, "max_new_tokens must be greater than 0"),
-    "max_tokens negative": (["--max-tokens", "-5"], 2, "max_new_tokens"),
+    "max_tokens 0": (["--max-tokens", "0"], 2, "max_tokens must be a whole number"),
+    "max_tokens negative": (["--max-tokens", "-5"], 2, "max_tokens"),
     "t_min over t_max": (["--t-min", "0.9"], 2, "t_min must be below t_max"),
     "bound 0": (["--entropy-bound", "0"], 2, "entropy_bound"),
     "steps 0": (["--max-denoising-steps", "0"], 2, "max_denoising_steps"),
+    "order is the checkpoint's": (["--t-max", "0.2"], 2, "t_min must be below t_max"),
+    "two ways to encode": (["--ignore-chat-template", "--system-prompt", "x"], 2, "leaves no place"),
+    "truncated shard": (["--model", "{truncated}"], 1, "its header says"),
+    "index outside": (["--model", "{outside}"], 1, "not a file name in this folder"),
     "other mode's option": (["--temp", "0.7"], 2, "temperature is an option of ar mode"),
     "unknown mode": (["--mode", "magic"], 2, "magic"),
     "prefill": (["--prefill-step-size", "0"], 2, "prefill_step_size"),
@@ -75,9 +81,15 @@ BAD = {
 }
 
 
+DAMAGE = {"{truncated}": truncate, "{outside}": point_outside}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_one_line_and_a_status(capsys, tmp_path, case):
     extra, expected, said = BAD[case]
+    if extra[-1] in DAMAGE:
+        extra = [*extra[:-1], str(write_checkpoint(tmp_path))]
+        DAMAGE[BAD[case][0][-1]](tmp_path)
     extra = [text.replace("{empty}", str(tmp_path)) for text in extra]
     given = extra if "--prompt" in extra else ["--prompt", "json name=Ann", *extra]
     status, out, err = run(capsys, *given)
@@ -112,6 +124,8 @@ def test_the_dispatcher(capsys, monkeypatch):
 
 
 def test_a_checkpoint_folder_from_elsewhere(capsys, tmp_path):
+    """The tiny vocabulary does not hold the ids of the prompt: one line says so."""
     write_checkpoint(tmp_path)
-    status, out, _ = run(capsys, "--model", str(tmp_path), "--prompt", "json", "--ignore-chat-template", "-m", "4")
-    assert status == 1 or "Generation: 4 tokens" in out  # the tiny vocabulary may not hold the prompt's ids
+    status, out, err = run(capsys, "--model", str(tmp_path), "--prompt", "window", "--ignore-chat-template", "-m", "4")
+    assert (status, out) == (1, "")
+    assert "the vocabulary has ids 0-130" in err

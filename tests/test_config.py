@@ -40,6 +40,20 @@ def test_the_last_layer_is_full_whatever_layer_types_says():
         (with_text(attention_bias=True), "attention_bias"),
         (with_text(hidden_size=0), "hidden_size"),
         (with_text(hidden_size="wide"), "hidden_size"),
+        (with_text(hidden_size=24.5), "hidden_size"),
+        (with_text(sliding_window=9.0), "sliding_window"),
+        (with_text(num_hidden_layers=3.0), "num_hidden_layers"),
+        (with_text(rms_norm_eps=float("inf")), "rms_norm_eps"),
+        (with_text(layer_types=5), "layer_types"),
+        (with_text(layer_types=[["a"], ["b"], ["c"]]), "layer_types"),
+        (with_text(per_layer_config=[1]), "per_layer_config"),
+        (with_text(per_layer_config={"2": 5}), "per_layer_config: 2"),
+        (with_text(rope_parameters=[1]), "rope_parameters"),
+        (with_text(rope_parameters={SLIDING: 5}), SLIDING),
+        (with_text(rope_parameters={FULL: {"rope_theta": 1e6, "partial_rotary_factor": 2.0}}), "partial_rotary"),
+        (with_text(eos_token_id="1"), "eos_token_id"),
+        (with_text(pad_token_id="x"), "pad_token_id"),
+        ({**TINY, "quantization": "4bit"}, "quantization"),
         (with_text(top_k_experts=9), "top_k_experts"),
         (with_text(num_attention_heads=3), "query heads"),
         (with_text(head_dim="8"), "head_dim"),
@@ -82,13 +96,28 @@ def test_generation_config_reads_the_nested_bound_and_takes_nulls_for_defaults()
         {"t_min": 0.9},
         {"t_min": -0.1},
         {"t_max": "hot"},
+        {"t_max": float("inf")},
+        {"t_min": 0.0, "t_max": 1e-60},
         {"stability_threshold": -1},
         {"confidence_threshold": 0.0},
     ],
 )
 def test_options_out_of_range_are_usage_errors(options):
-    with pytest.raises(UsageError, match=next(iter(options)).replace("t_max", "t_max|t_min")):
+    with pytest.raises(UsageError, match="|".join(options).replace("t_max", "t_max|t_min")):
         GenerationConfig().replace(**options)
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"sampler_config": "x"}, "sampler_config"),
+        ({"eos_token_id": 1.5}, "eos_token_id"),
+        ({"pad_token_id": "a"}, "pad"),
+    ],
+)
+def test_a_generation_config_of_wrong_types_is_refused(raw, named):
+    with pytest.raises(InputError, match=named):
+        GenerationConfig.from_dict(raw, "generation_config.json")
 
 
 def test_a_generation_config_of_another_sampler_is_refused():

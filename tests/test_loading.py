@@ -76,11 +76,40 @@ def test_quantised_modules_load_by_their_scales(tmp_path):
     (folder / "config.json").write_text(json.dumps({**raw, "quantization": quantization}))
     loaded = load_model(folder)
     assert mx.allclose(hidden(loaded), hidden(model), atol=1e-5)
-    canvas, cache = mx.arange(12)[None], loaded.make_cache()
-    logits = loaded.denoise(canvas, cache)
-    whole = loaded.logits(loaded.denoise_hidden(canvas, cache, loaded.soft_embedding(logits)))
-    part = loaded.logits(loaded.denoise_hidden(canvas, cache, loaded.soft_embedding(logits)), slice(7, 99))
-    assert mx.allclose(part, whole[..., 7:99], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "group_size", "bits"), [("affine", 32, 4), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
+)
+def test_every_quantisation_computes_what_its_dequantised_weights_do(tmp_path, mode, group_size, bits):
+    """Embedding included: both passes, soft embedding and slices of the vocabulary."""
+    raw = with_text(hidden_size=64, intermediate_size=64, moe_intermediate_size=64)
+    model, plain = random_model(raw), random_model(raw)
+    nn.quantize(model, group_size, bits, mode=mode, class_predicate=lambda path, m: hasattr(m, "to_quantized"))
+    for (path, module), (_, dense) in zip(
+        tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module),
+        tree_flatten(plain.leaf_modules(), is_leaf=nn.Module.is_module),
+        strict=True,
+    ):
+        if "scales" in module:
+            args = (module.weight, module.scales, module.get("biases"))
+            whole = mx.dequantize(*args, group_size=group_size, bits=bits, mode=mode)
+            assert whole.shape == dense.weight.shape, path
+            dense.weight = whole.astype(mx.float32)
+    folder = write_checkpoint(tmp_path, raw, model)
+    block = {"group_size": group_size, "bits": bits, "mode": mode}
+    (folder / "config.json").write_text(json.dumps({**raw, "quantization": block}))
+    loaded = load_model(folder)
+    assert loaded.dtype == mx.float32
+    canvas, caches = mx.arange(12)[None], (loaded.make_cache(), plain.make_cache())
+    results = []
+    for one, cache in zip((loaded, plain), caches, strict=True):
+        states = [one.encode(PROMPT, cache)]
+        z = one.denoise(canvas, cache) / 0.5
+        states += [z, one.soft_embedding(z), one.denoise(canvas, cache, z), one.logits(states[0], slice(7, 99))]
+        results.append(states)
+    for got, expected in zip(*results, strict=True):
+        assert mx.allclose(got, expected, rtol=1e-3, atol=1e-3), mx.abs(got - expected).max()
 
 
 def test_the_vision_tower_stays_on_disk(tmp_path, tiny):
@@ -141,6 +170,18 @@ def point_outside(folder):
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def point_to_folder(folder):
+    shard(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.decoder.norm.weight": ".."}}))
+
+
+def relabel(folder):
+    """The header says F16 of what is stored as F32."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"F32"', b'"F16"', 1))
+
+
 def edit_tensors(change):
     def edit(folder):
         tensors = dict(mx.load(str(folder / "model.safetensors")))
@@ -177,6 +218,10 @@ BROKEN = {
     "missing tensor": (edit_tensors(lambda t: t.pop(NORM)), f"{NORM} is missing"),
     "surplus tensor": (edit_tensors(lambda t: t.update(extra=mx.zeros((2,)))), "tensor extra has no place"),
     "misshapen tensor": (edit_tensors(lambda t: t.update({NORM: mx.zeros((7,))})), rf"{NORM} has the shape \(7,\)"),
+    "integers for weights": (edit_tensors(lambda t: t.update({NORM: mx.zeros((24,), mx.int32)})), f"{NORM} is I32"),
+    "stored otherwise": (relabel, "is not what is stored"),
+    "index of folders": (point_to_folder, "not a file name in this folder"),
+    "broken tokenizer": (write("tokenizer_config.json", "[]"), "the tokenizer cannot be loaded"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
     "bad generation config": (write("generation_config.json", '{"t_min": 3.0}'), "generation_config.json: t_min"),
 }
@@ -220,7 +265,7 @@ def test_the_estimate_of_the_26b_is_about_right():
 
     config = ModelConfig.from_dict({"model_type": "diffusion_gemma", "text_config": text})
     need = memory.estimate(config, 52_000_000_000, mx.bfloat16, 100_000)
-    full, sliding = 5 * 2 * 2 * 512 * 2 * 100_000, 25 * 2 * 8 * 256 * 2 * (1024 + 512)
+    full, sliding = 5 * 2 * 2 * 512 * 2 * 100_000, 25 * 2 * 8 * 256 * 2 * (1024 + 64 + 512)
     assert need.kv == full + sliding
     assert 0.5e9 < need.step < 2e9
 

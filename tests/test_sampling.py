@@ -51,6 +51,19 @@ def test_summaries_do_not_depend_on_the_slices(softcapped):
     assert mx.allclose(steps[0].soft, model.soft_embedding(z), rtol=1e-4, atol=1e-5)
 
 
+def test_in_bf16_slices_round_as_the_whole_does():
+    """The shares are rounded to bf16 and multiplied once, however the vocabulary was cut up."""
+    model = random_model(with_text(vocab_size=3 * TILE + 77))
+    model.set_dtype(mx.bfloat16)
+    hidden = (mx.random.normal((1, 5, 24)) * 4).astype(mx.bfloat16)
+    draws = Draws([1], model.config.vocab_size)
+    sliced, whole = (summarise(model, hidden, 0.7, draws.token(0, 0, 5), chunk) for chunk in (TILE, 8 * TILE))
+    assert sliced.soft.dtype == mx.bfloat16
+    assert mx.allclose(sliced.soft, whole.soft, rtol=0.004, atol=1e-5)
+    assert mx.array_equal(whole.soft, model.soft_embedding(model.logits(hidden) / 0.7))
+    assert mx.array_equal(sliced.best, whole.best)
+
+
 def test_summaries_never_hold_the_whole_vocabulary():
     """Peak memory grows by slices, not by the (C, V) float32 array, which would be 21 MB here."""
     model = random_model(with_text(vocab_size=20 * TILE))

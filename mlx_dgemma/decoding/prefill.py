@@ -7,18 +7,11 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from ..cache import PrefixCache
-from ..errors import UsageError
 from ..model import DiffusionGemma
 
 PREFILL_STEP = 2048
-LARGEST_STEP = 4096  # above it MLX has had wrong results on long inputs
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
-
-
-def check_step(step: int) -> None:
-    if not 1 <= step <= LARGEST_STEP:
-        raise UsageError(f"prefill_step_size must lie in 1-{LARGEST_STEP}, not {step}")
 
 
 def prefill(
@@ -34,7 +27,6 @@ def prefill(
         step: tokens per forward, at most 4,096; it changes the result by rounding at most.
         progress: called before the first chunk and after each.
     """
-    check_step(step)
     total, forwards = len(ids), 0
     report = progress or (lambda done, total: None)
     report(0, total)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from ..loading import load_model, resolve
+from ..loading import NANO, load_model, resolve
 from ..model import DiffusionGemma
 from . import replay
 from .bundle import Bundle, Error, checkpoint_hash, read
@@ -117,9 +117,9 @@ def check(folder: Path, model: str | None = None) -> Report:
 def _checkpoint(bundle: Bundle, model: str | None) -> Path:
     inside = bundle.folder / "model"
     name = bundle.facts["model"]
-    folder = inside if model is None and inside.is_dir() else resolve(model or name)
-    if not folder.is_dir():
+    if model is None and not inside.is_dir() and name != NANO:
         raise InputError(f"{bundle.folder}: was recorded from {name}, which is not here; say where with --model")
+    folder = inside if model is None and inside.is_dir() else resolve(model or name)
     if checkpoint_hash(folder) != bundle.facts["checkpoint"]:
         raise InputError(f"{folder}: has other weights than {bundle.folder} was recorded from; give those with --model")
     return folder

@@ -46,12 +46,6 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, required=True, help="the folder to write; must not exist")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where torch runs (%(default)s)")
-    add(
-        "--dtype",
-        choices=("float32",),
-        default="float32",
-        help="of the recorded run; the truth is float64 (%(default)s)",
-    )
     add("--seed", type=int, help="of the draws, and of a tiny model's weights (0; a tiny shape has its own)")
     add("--prompt", help="text, encoded without a chat template (random ids; not for tiny shapes)")
     add("--prompt-length", type=int, help="how many random ids (one and a half windows; not for tiny shapes)")
@@ -70,6 +64,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _record(args: argparse.Namespace) -> int:
+    for name in ("prompt_length", "max_new_tokens", "max_denoising_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+    if args.prompt is not None and not args.prompt.strip():
+        raise UsageError("--prompt is empty; give it some text, or leave it out for random ids")
     tiny = _tiny_shape(args) if args.model.startswith("tiny:") else None
     from . import record  # torch: what can be told without it has been told
 
