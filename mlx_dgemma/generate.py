@@ -241,8 +241,9 @@ def _command(args: argparse.Namespace) -> None:
         raise UsageError("--ignore-chat-template leaves no place for --system-prompt or --enable-thinking")
     try:
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not text ({error})") from None
+        prompt.encode()  # bytes that are no text may have been let through
+    except UnicodeError as error:
+        raise InputError(f"the prompt is not text ({error})") from None
     if not prompt.strip():
         raise UsageError("--prompt is empty; give it some text")
     if args.system_prompt:

@@ -67,13 +67,13 @@ def test_imports_point_one_way():
     assert not wrong
 
 
-def test_torch_is_imported_by_the_recorder_alone():
+def test_torch_is_imported_for_recording_alone():
     users = {
         p.relative_to(ROOT).as_posix()
         for p in ROOT.rglob("*.py")
         if any(n.split(".")[0] == "torch" for n in imported(p))
     }
-    assert users == {"parity/record.py"}
+    assert users == {"parity/reference.py"}
 
 
 def test_importing_the_package_loads_nothing_heavy():

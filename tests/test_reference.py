@@ -34,7 +34,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def reference():
-    from mlx_dgemma.parity.record import load_reference
+    from mlx_dgemma.parity.reference import load_reference
 
     return load_reference(EMBEDDED, "cpu")
 
@@ -42,7 +42,7 @@ def reference():
 @pytest.mark.reference
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
 def test_the_same_draws_give_the_same_canvases(nano, reference, number):
-    from mlx_dgemma.parity.record import Run, generate_reference
+    from mlx_dgemma.parity.reference import Run, generate_reference
 
     model, tokenizer = nano
     config = model.generation_config

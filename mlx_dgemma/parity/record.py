@@ -2,65 +2,38 @@
 
 The truth is the same code in float64. The decisions are those of a real `generate` in float32; both
 precisions are then walked through them, and their difference is the noise floor of every quantity.
-
-The only module here that imports torch and transformers.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 from ..config import GenerationConfig, ModelConfig, read_json
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from ..loading import NANO, resolve
 from . import bundle
+from .reference import (  # which says what to install where torch is missing
+    VERSIONS,
+    DynamicCache,
+    Reference,
+    Run,
+    Story,
+    generate_reference,
+    generation,
+    in_float64,
+    load_reference,
+    neighbours,
+    save_random,
+    torch,
+    transformers,
+)
 from .shapes import SAMPLING, Shape
-
-try:
-    import torch
-    import transformers
-    from torch.overrides import TorchFunctionMode
-    from transformers import DynamicCache
-    from transformers.models.diffusion_gemma import configuration_diffusion_gemma as configuration
-    from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
-    from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modeling
-except ImportError as error:
-    raise InputError(
-        f"recording needs torch and transformers >= 5.23 ({error}); pip install 'mlx-dgemma[reference]'"
-    ) from None
-
-Reference = modeling.DiffusionGemmaForBlockDiffusion
-LEAST_VISION = {  # checkpoints have a vision tower; nothing here runs it
-    "hidden_size": 4,
-    "intermediate_size": 4,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 4,
-    "patch_size": 1,
-    "position_embedding_size": 4,
-}
-NEIGHBOURS = 3  # further float32 runs that the noise floor is taken from
-BRANCH_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is asked of the reference."""
-
-    name: str  # of the model, as check can find it again
-    prompt: np.ndarray  # (B, L) ids
-    sampling: GenerationConfig
-    seed: int
 
 
 def record_tiny(shape: Shape, name: str, out: Path, device: str = "cpu", seed: int | None = None) -> dict[str, Any]:
@@ -75,7 +48,7 @@ def record_tiny(shape: Shape, name: str, out: Path, device: str = "cpu", seed: i
         **SAMPLING | {"max_new_tokens": shape.canvases * shape.canvas_length} | shape.sampling
     )
     with bundle.new_folder(out) as work, _one_thread():
-        _save_random(shape, random, work / "model")
+        save_random(shape, random, work / "model")
         return _record(work / "model", Run(name, prompt, sampling, seed), work, device)
 
 
@@ -131,16 +104,16 @@ def _record(folder: Path, run: Run, work: Path, device: str) -> dict[str, Any]:
     _check_story(story)
     single, choices = _walk(model, story, run, columns)
     _check_walk(story, single)
-    with _float64(model) as exact:
+    with in_float64(model) as exact:
         truth, exact_choices = _walk(exact, story, run, columns)
-    singles = [single, *(_walk(other, story, run, columns)[0] for other in _neighbours(model, run.seed))]
+    singles = [single, *(_walk(other, story, run, columns)[0] for other in neighbours(model, run.seed))]
     facts = {
         "model": run.name,
         "checkpoint": bundle.checkpoint_hash(folder),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "dtype": "float32",
         "seed": run.seed,
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, np)},
+        "versions": VERSIONS,
         "config": config,
         "sampling": vars(run.sampling),
         "canvases": [len(steps) for steps in story.steps],
@@ -168,177 +141,6 @@ def _with_defaults(sampling: GenerationConfig, config: ModelConfig) -> Generatio
     eos = sampling.eos_token_ids or config.eos_token_ids
     pad = config.pad_token_id if sampling.pad_token_id is None else sampling.pad_token_id
     return sampling.replace(eos_token_ids=eos, pad_token_id=pad)
-
-
-# --- models
-
-
-def load_reference(folder: Path, device: str) -> Reference:
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    model = Reference.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    return model.to(device).eval()
-
-
-def _save_random(shape: Shape, random: torch.Generator, folder: Path) -> None:
-    text = configuration.DiffusionGemmaTextConfig(**copy.deepcopy(shape.text))
-    config = configuration.DiffusionGemmaConfig(
-        text_config=text.to_dict(), vision_config=dict(LEAST_VISION), canvas_length=shape.canvas_length
-    )
-    model = Reference(config)
-    with torch.no_grad():
-        for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-            tensor.copy_(_spread(name, tensor, shape, random))
-    model.to(torch.bfloat16).save_pretrained(folder)  # half the size; float32 holds the same values
-    if shape.spelled_out:
-        _respell(folder / "config.json", shape)
-
-
-def _spread(name: str, tensor: torch.Tensor, shape: Shape, random: torch.Generator) -> torch.Tensor:
-    """Random values of a size at which every parameter matters and nothing saturates."""
-    uniform = 2 * torch.rand(tensor.shape, generator=random) - 1  # (-1, 1)
-    if name.endswith("layer_scalar"):
-        return shape.scalar * (1 + 0.2 * uniform)
-    if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
-        return shape.embedding * 3**0.5 * uniform
-    if tensor.ndim < 2:  # norms and the router's scales
-        size = shape.branch if name.endswith(BRANCH_NORMS) else 1.0
-        return size * (1 + 0.4 * uniform)
-    size = 3.0 if name.endswith("router.proj.weight") else 1.0
-    return size * 3**0.5 * uniform * (1 if "router" in name else tensor.shape[-1] ** -0.5)
-
-
-def _respell(path: Path, shape: Shape) -> None:
-    """Write config.json as it was before `per_layer_config`, without the keys that have defaults."""
-    config = json.loads(path.read_text())
-    text = config["text_config"]
-    for key in ("per_layer_config", "layer_types", "rope_parameters"):
-        text.pop(key, None)
-    text |= {key: shape.text[key] for key in ("global_head_dim", "num_global_key_value_heads")}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-# --- truth
-
-
-class _KeepFloat64(TorchFunctionMode):
-    """Whatever asks for float32 of a float64 tensor gets float64.
-
-    The reference does so in norms, softmax and logits. Cosines are taken in float64 too, but of
-    float32 angles: those, as the product of position and inverse frequency, define the model.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if tensor is not None and function in (torch.Tensor.cos, torch.Tensor.sin):
-            return function(tensor.double())
-        if tensor is not None and tensor.dtype == torch.float64:
-            if function is torch.Tensor.float:
-                return tensor
-            args = [torch.float64 if value is torch.float32 else value for value in args]
-            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def _float64(model: Reference) -> Iterator[Reference]:
-    """A copy of the model that computes in float64 throughout."""
-    frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-    exact = copy.deepcopy(model).double()
-    for name, buffer in frequencies.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(exact.get_submodule(owner), leaf, buffer)
-    with _KeepFloat64():
-        yield exact
-
-
-def _neighbours(model: Reference, seed: int) -> Iterator[Reference]:
-    """Copies with every weight moved to a neighbouring float32.
-
-    One float32 run is one draw of its rounding errors, and where a canvas amplifies a single one of
-    them, two equally good runs are often apart by more than the ratio that is allowed. Several runs
-    show what float32 can do.
-    """
-    random = torch.Generator(model.device).manual_seed(seed)
-    for _ in range(NEIGHBOURS):
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for weight in other.parameters():
-                up = torch.rand(weight.shape, generator=random, device=weight.device) < 0.5
-                weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf)))
-        yield other
-
-
-# --- decisions
-
-
-@dataclass
-class Story:
-    """What `generate` drew and decided: steps[canvas][step] has arrays by name, each (B, C) or (B,)."""
-
-    prompt: np.ndarray
-    steps: list[list[dict[str, np.ndarray]]]
-    sequences: np.ndarray
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Ids that are encoded before each canvas."""
-        length = self.steps[0][0]["canvas"].shape[1]
-        first = self.prompt.shape[1]
-        yield self.prompt
-        for index in range(len(self.steps) - 1):
-            yield self.sequences[:, first + index * length : first + (index + 1) * length]
-
-
-def generate_reference(model: Reference, run: Run) -> Story:
-    """Run transformers' own `generate`, listening to its draws and decisions."""
-    steps: list[list[dict[str, np.ndarray]]] = []
-    draws: dict[str, torch.Tensor] = {}
-    take_step, multinomial, uniform = (
-        model._denoising_step,
-        torch.multinomial,
-        generation.EntropyBoundSampler.initialize_canvas,
-    )
-
-    def listen_tokens(*args, **kwargs):
-        draws["token"] = multinomial(*args, **kwargs)
-        return draws["token"]
-
-    def listen_uniform(*args, **kwargs):
-        draws["renoise"] = uniform(*args, **kwargs)
-        return draws["renoise"]
-
-    def listen_step(**given):
-        if given["self_conditioning_logits"] is None:
-            steps.append([])
-        canvas, ran = given["current_canvas"].clone(), ~given["finished_denoising"]
-        result = take_step(**given)
-        step = {
-            "canvas": canvas,
-            "token": draws["token"].view(canvas.shape),
-            "renoise": draws["renoise"],
-            "accepted": given["sampler"].accepted_token_mask,
-            "best": result[1],
-            "ran": ran,
-            "done": result[3],
-        }
-        steps[-1].append({name: value.cpu().numpy().copy() for name, value in step.items()})
-        return result
-
-    options = dict(vars(run.sampling))
-    options["sampler_config"] = generation.EntropyBoundSamplerConfig(float(options.pop("entropy_bound")))
-    options["eos_token_id"] = list(options.pop("eos_token_ids"))
-    torch.manual_seed(run.seed)
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(model, "_denoising_step", listen_step))
-        patches.enter_context(mock.patch.object(torch, "multinomial", listen_tokens))
-        patches.enter_context(mock.patch.object(generation.EntropyBoundSampler, "initialize_canvas", listen_uniform))
-        prompt = torch.tensor(run.prompt, device=model.device)
-        output = model.generate(prompt, generation_config=generation.DiffusionGemmaGenerationConfig(**options))
-    return Story(run.prompt, steps, output.sequences.cpu().numpy())
 
 
 # --- quantities

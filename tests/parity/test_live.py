@@ -67,10 +67,12 @@ def test_the_truth_is_float64_throughout(record):
                 seen.add(function.__name__)
             return out
 
-    model = record.load_reference(BUNDLES / "window" / "model", "cpu")
+    from mlx_dgemma.parity import reference
+
+    model = reference.load_reference(BUNDLES / "window" / "model", "cpu")
     ids, z = torch.arange(3, 16)[None], torch.ones(1, 7, 101, dtype=torch.float64)
     seen: set[str] = set()
-    with torch.no_grad(), Narrow(), record._float64(model) as exact:
+    with torch.no_grad(), Narrow(), reference.in_float64(model) as exact:
         out = exact(input_ids=ids, decoder_input_ids=ids[:, :7], self_conditioning_logits=z)
     assert out.logits.dtype == torch.float64
     assert seen <= ANGLES | COPIES, seen
