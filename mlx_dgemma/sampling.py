@@ -103,7 +103,7 @@ def summarise(
             rounded_sums.add(rounded.astype(mx.float32))
         if keeps:
             kept.append(rounded)
-        if len(slices) > 1:  # in order, so that slices do not pile up; this does not wait
+        if len(slices) > 1:  # in order, so that few slices are alive at once; this does not wait
             mx.async_eval(
                 best.ids,
                 draw.ids,
