@@ -96,8 +96,8 @@ def stream_generate(
     step = PREFILL_STEP if prefill_step_size is None else prefill_step_size
     ids = encode_prompt(tokenizer, prompt, chat_template=chat_template, enable_thinking=enable_thinking)
     check_prompt(model, ids)
-    stop = [stop] if isinstance(stop, str) else list(stop or ())
-    if not all(isinstance(string, str) for string in stop):
+    stop = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
         raise UsageError(f"stop must be a string or a list of strings, not {stop!r:.80}")
     require_room(model, len(ids) + config.max_new_tokens)
     draws = Draws([seed], model.config.vocab_size) if draws is None else draws

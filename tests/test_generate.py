@@ -105,6 +105,7 @@ def test_progress(nano):
         ({"prompt": [{"role": "user", "content": "x", "images": ["a.png"]}]}, InputError, "image"),
         ({"seed": "x"}, UsageError, "seed"),
         ({"stop": [1]}, UsageError, "stop"),
+        ({"stop": 5}, UsageError, "stop"),
         ({"prompt": [{"role": "user"}]}, InputError, "content"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, InputError, "only text"),
         ({"prompt": [11]}, InputError, "image"),
