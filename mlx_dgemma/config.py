@@ -183,7 +183,7 @@ def _layers(text: Mapping[str, Any], where: str) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
-def _rotary(parameters: Mapping[str, Any] | None, kind: str, where: str) -> dict[str, float]:
+def _rotary(parameters: Mapping[str, Any], kind: str, where: str) -> dict[str, float]:
     parameters = parameters or DEFAULT_ROPE[kind]
     expected = DEFAULT_ROPE[kind]["rope_type"]
     if parameters.get("rope_type", expected) != expected:
@@ -255,7 +255,7 @@ class GenerationConfig:
             value = getattr(self, name)
             is_number = isinstance(value, Real) and not isinstance(value, bool)
             _require(self, name, is_number and math.isfinite(value), "must be a finite number")
-        positive = ("max_new_tokens", "max_denoising_steps", "entropy_bound", "t_max", "confidence_threshold")
+        positive = ("max_new_tokens", "max_denoising_steps", "entropy_bound", "confidence_threshold")
         for name in positive:
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
         _require(self, "t_max", self.t_max >= LEAST_TEMPERATURE, f"must be at least {LEAST_TEMPERATURE}")

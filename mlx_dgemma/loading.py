@@ -104,7 +104,7 @@ def load_model(folder: str | Path, *, dtype: mx.Dtype | None = None, lazy: bool 
     weights = {module_name(name): _laid_out(name, _cast(array, dtype)) for name, array in arrays.items()}
     model.load_weights(list(weights.items()))
     model.eval()
-    model.generation_config = _generation_config(folder, config)
+    model.generation_config = read_generation_config(folder, config)
     context = min(ESTIMATE_CONTEXT, config.max_position_embeddings)
     model.memory = estimate(config, sum(w.nbytes for w in weights.values()), model.dtype, context)
     require_fit(model.memory, str(folder))
@@ -165,8 +165,8 @@ def _check_names(model: DiffusionGemma, tensors: dict[str, TensorInfo], folder: 
             raise InputError(f"{info.shard}: tensor {name} is {info.dtype}; weights must be F32, F16 or BF16")
 
 
-def _generation_config(folder: Path, config: ModelConfig) -> GenerationConfig:
-    """generation_config.json if there is one; eos from there, else from text_config."""
+def read_generation_config(folder: Path, config: ModelConfig) -> GenerationConfig:
+    """generation_config.json if there is one; eos and pad from there, else from text_config."""
     path = folder / "generation_config.json"
     generation = GenerationConfig.from_dict(read_json(path), str(path)) if path.exists() else GenerationConfig()
     if not generation.eos_token_ids:

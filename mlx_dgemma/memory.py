@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .cache import GROWTH, SLACK
 from .config import ModelConfig
@@ -58,9 +57,9 @@ def machine_memory() -> int:
 
 
 def require_room(model: DiffusionGemma, context: int) -> None:
-    """Raise InputError if a context longer than the one assumed at loading cannot fit in memory."""
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    require_fit(estimate(model.config, weights, model.dtype, context), f"a context of {context} tokens")
+    """Raise InputError if a loaded model cannot run behind a context longer than the one assumed at loading."""
+    need = estimate(model.config, model.memory.weights, model.dtype, context)
+    require_fit(need, f"a context of {context} tokens")
 
 
 def require_fit(need: MemoryEstimate, where: str) -> None:

@@ -50,10 +50,8 @@ class SoftmaxSums:
             self.maximum, self.total, self.spread = maximum, total, spread
             return
         both = mx.maximum(self.maximum, maximum)
-        (total_a, spread_a), (total_b, spread_b) = (
-            _shifted(self.total, self.spread, both - self.maximum),
-            _shifted(total, spread, both - maximum),
-        )
+        total_a, spread_a = _shifted(self.total, self.spread, both - self.maximum)
+        total_b, spread_b = _shifted(total, spread, both - maximum)
         self.maximum, self.total, self.spread = both, total_a + total_b, spread_a + spread_b
 
     @property
@@ -104,14 +102,7 @@ def summarise(
         if keeps:
             kept.append(rounded)
         if len(slices) > 1:  # in order, so that few slices are alive at once; this does not wait
-            mx.async_eval(
-                best.ids,
-                draw.ids,
-                sums.total,
-                sums.spread,
-                rounded_sums.total,
-                kept[-1] if keeps else z,
-            )
+            mx.async_eval(best.ids, draw.ids, sums.total, sums.spread, rounded_sums.total, rounded)
 
     if keeps:  # one product over the whole vocabulary, rounded once like the reference's
         shares = [rounded_sums.shares(z.astype(mx.float32)).astype(dtype) for z in kept]

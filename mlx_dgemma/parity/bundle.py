@@ -69,11 +69,8 @@ class Bundle:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """The ids (B, L) that are encoded before each canvas."""
-        prompt, sequences = self.arrays["prompt"], self.arrays["sequences"]
         length = self.arrays["steps/canvas"].shape[-1]
-        yield prompt
-        for first in range(prompt.shape[1], prompt.shape[1] + (len(self.facts["canvases"]) - 1) * length, length):
-            yield sequences[:, first : first + length]
+        return blocks(self.arrays["prompt"], self.arrays["sequences"], length, len(self.facts["canvases"]))
 
     def floor(self, quantity: str) -> Error:
         """The error that float32 is allowed to have: the reference's own, but at least one rounding."""
@@ -91,6 +88,14 @@ class Bundle:
     def _at_least_one_rounding(self, quantity: str, error: Error) -> Error:
         rounding = EPSILON * self.facts["floors"][quantity]["scale"]
         return Error(max(error.max, rounding), max(error.rms, rounding))
+
+
+def blocks(prompt: np.ndarray, sequences: np.ndarray, length: int, canvases: int) -> Iterator[np.ndarray]:
+    """The prompt, then every canvas of `sequences` (B, prompt + canvases * length) but the last."""
+    yield prompt
+    for index in range(canvases - 1):
+        first = prompt.shape[1] + index * length
+        yield sequences[:, first : first + length]
 
 
 def kept_rows(length: int) -> list[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from ..config import GenerationConfig, ModelConfig, read_json
 from ..errors import InputError
-from ..loading import NANO, resolve
+from ..loading import NANO, read_generation_config, resolve
 from . import bundle
 from .reference import (  # which says what to install where torch is missing
     VERSIONS,
@@ -77,11 +76,8 @@ def record_checkpoint(
     """
     folder = resolve(model)
     config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    settings = folder / "generation_config.json"
-    sampling = (
-        GenerationConfig.from_dict(read_json(settings), str(settings)) if settings.exists() else GenerationConfig()
-    )
-    sampling = sampling.replace(
+    # with eos and pad filled in: where generate would look for them differs by version
+    sampling = read_generation_config(folder, config).replace(
         max_new_tokens=max_new_tokens or 2 * config.canvas_length, max_denoising_steps=max_denoising_steps
     )
     if prompt is not None:
@@ -97,7 +93,6 @@ def record_checkpoint(
 def _record(folder: Path, run: Run, work: Path, device: str) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     sizes = ModelConfig.from_dict(config, str(folder / "config.json"))
-    run = replace(run, sampling=_with_defaults(run.sampling, sizes))
     columns = bundle.column_step(sizes.vocab_size)
     model = load_reference(folder, device)
     story = generate_reference(model, run)
@@ -134,13 +129,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(count)
-
-
-def _with_defaults(sampling: GenerationConfig, config: ModelConfig) -> GenerationConfig:
-    """End-of-sequence ids are always passed: where generate would look for them differs by version."""
-    eos = sampling.eos_token_ids or config.eos_token_ids
-    pad = config.pad_token_id if sampling.pad_token_id is None else sampling.pad_token_id
-    return sampling.replace(eos_token_ids=eos, pad_token_id=pad)
 
 
 # --- quantities

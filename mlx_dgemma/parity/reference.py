@@ -17,6 +17,7 @@ import numpy as np
 
 from ..config import GenerationConfig
 from ..errors import InputError, UsageError
+from .bundle import blocks
 from .shapes import Shape
 
 try:
@@ -171,11 +172,7 @@ class Story:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Ids that are encoded before each canvas."""
-        length = self.steps[0][0]["canvas"].shape[1]
-        first = self.prompt.shape[1]
-        yield self.prompt
-        for index in range(len(self.steps) - 1):
-            yield self.sequences[:, first + index * length : first + (index + 1) * length]
+        return blocks(self.prompt, self.sequences, self.steps[0][0]["canvas"].shape[1], len(self.steps))
 
 
 def generate_reference(model: Reference, run: Run) -> Story:
