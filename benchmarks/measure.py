@@ -13,7 +13,8 @@ from mlx.utils import tree_reduce
 
 from mlx_dgemma import __version__
 from mlx_dgemma.config import GenerationConfig
-from mlx_dgemma.decoding.diffusion import Block, Counts, decode
+from mlx_dgemma.decoding.counts import Counts
+from mlx_dgemma.decoding.diffusion import Block, decode
 from mlx_dgemma.draws import Draws
 from mlx_dgemma.model import DiffusionGemma
 

@@ -8,7 +8,6 @@ print(generate(model, tokenizer, "json name=Ann age=31 city=Oslo"))
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, UsageError
@@ -16,18 +15,14 @@ from .errors import InputError, UsageError
 # `generate` is a function and a submodule: importing the function here binds the name to it for good.
 from .generate import generate, stream_generate
 from .response import GenerationResponse
+from .version import __version__
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from .model import DiffusionGemma
 
-try:
-    __version__ = version("mlx-dgemma")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0.0.0"
-
-__all__ = ["GenerationResponse", "InputError", "UsageError", "generate", "load", "stream_generate"]
+__all__ = ["GenerationResponse", "InputError", "UsageError", "__version__", "generate", "load", "stream_generate"]
 
 
 def load(path_or_repo: str = "nano", **options: Any) -> tuple[DiffusionGemma, TokenizerWrapper]:

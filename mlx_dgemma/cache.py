@@ -79,6 +79,23 @@ class PrefixCache:
         return [rows for layer in self.layers for rows in (layer.keys, layer.values) if rows is not None]
 
 
+class CacheReader:
+    """A `PrefixCache` to denoise behind, not to change: what a drafter is given."""
+
+    def __init__(self, cache: PrefixCache):
+        self._cache = cache
+        self.layers = [_RowsReader(layer) for layer in cache.layers]
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+
+class _RowsReader:
+    def __init__(self, rows: LayerRows):
+        self.beside = rows.beside
+
+
 class LayerRows:
     """Rows of one layer, positions [start, end), at the front of a larger buffer (B, H, capacity, D).
 

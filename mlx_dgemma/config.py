@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -211,22 +211,31 @@ def as_ids(value: Any, name: str, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Sampler options, with transformers' names and the reference's defaults."""
+    """Sampler options of both modes, with transformers' names and the reference's defaults."""
 
     max_new_tokens: int = 256
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    # diffusion mode
     max_denoising_steps: int = 48
     entropy_bound: float = 0.1
     t_min: float = 0.4
     t_max: float = 0.8
     stability_threshold: int = 1
     confidence_threshold: float = 0.005
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    # ar mode, with Gemma 4's defaults
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 0.95
+    top_k: int = 64  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20  # tokens that the penalty looks back, as in mlx_lm
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "generation_config.json") -> GenerationConfig:
         """Parse generation_config.json; nulls mean the defaults, the entropy bound is nested."""
-        names = {field.name for field in fields(cls)} - {"eos_token_ids", "pad_token_id"}
+        names = {field.name for field in fields(cls)} - {"eos_token_ids", "pad_token_id", "logit_bias"}
         values = {name: raw[name] for name in names & raw.keys() if raw[name] is not None}
         sampler = _object(raw, "sampler_config", where)
         if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
@@ -249,19 +258,44 @@ class GenerationConfig:
         return changed
 
     def _validate(self) -> None:
-        for name in ("max_new_tokens", "max_denoising_steps", "stability_threshold"):
-            _require(self, name, type(getattr(self, name)) is int, "must be an integer")
-        for name in ("entropy_bound", "t_min", "t_max", "confidence_threshold"):
+        for name in _WHOLE:
+            _require(self, name, type(getattr(self, name)) is int, "must be a whole number")
+        for name in _REAL:
             value = getattr(self, name)
             is_number = isinstance(value, Real) and not isinstance(value, bool)
             _require(self, name, is_number and math.isfinite(value), "must be a finite number")
-        positive = ("max_new_tokens", "max_denoising_steps", "entropy_bound", "confidence_threshold")
-        for name in positive:
+        for name in _POSITIVE:
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
         _require(self, "t_max", self.t_max >= LEAST_TEMPERATURE, f"must be at least {LEAST_TEMPERATURE}")
-        for name in ("t_min", "stability_threshold"):
+        for name in ("t_min", "stability_threshold", "temperature", "top_k", "min_p"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         _require(self, "t_min", self.t_min < self.t_max, f"must be below t_max, which is {self.t_max}")
+        for name in ("top_p", "min_p"):
+            _require(self, name, getattr(self, name) <= 1, "must be at most 1")
+        _require(self, "temperature", self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE, _TOO_COLD)
+        _check_bias(self.logit_bias)
+
+
+_WHOLE = ("max_new_tokens", "max_denoising_steps", "stability_threshold", "top_k", "repetition_context_size")
+_REAL = (
+    *("entropy_bound", "t_min", "t_max", "confidence_threshold"),
+    *("temperature", "top_p", "min_p", "repetition_penalty"),
+)
+_POSITIVE = (
+    *("max_new_tokens", "max_denoising_steps", "entropy_bound", "confidence_threshold"),
+    *("top_p", "repetition_penalty", "repetition_context_size"),
+)
+_TOO_COLD = f"must be 0 (greedy) or at least {LEAST_TEMPERATURE}"
+
+
+def _check_bias(bias: Any) -> None:
+    if not isinstance(bias, Mapping):
+        raise UsageError(f"logit_bias must map token ids to numbers, not {bias!r:.80}")
+    for token, value in bias.items():
+        if type(token) is not int or token < 0:
+            raise UsageError(f"logit_bias must have token ids as keys, not {token!r}")
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise UsageError(f"logit_bias of id {token} must be a finite number, not {value!r}")
 
 
 def _require(config: GenerationConfig, name: str, holds: bool, otherwise: str) -> None:

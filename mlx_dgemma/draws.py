@@ -1,6 +1,7 @@
 """Every random draw, addressed by (seed, purpose, canvas, step, position), and its replacement by recorded ones.
 
-No shape, chunk, width or batch enters an address, so the same seed gives the same output however
+Positions are relative to the canvas in diffusion mode; in ar mode, where canvas and step are 0, they
+count from the first token of the prompt. No shape, chunk, width or batch enters an address, so the same seed gives the same output however
 the work is cut up. MLX has no fold-in: a key comes from a fixed hash of the address,
 
     h = PI;  for each field:  h = mix(h xor mix(field + GOLDEN))        (64 bits, wrapping)
@@ -21,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 TILE = 4096
-CANVAS, TOKEN, RENOISE = 0, 1, 2  # purposes
+CANVAS, TOKEN, RENOISE, NEXT = 0, 1, 2, 3  # purposes
 
 _PI, _GOLDEN = 0x243F6A8885A308D3, 0x9E3779B97F4A7C15
 
@@ -70,6 +71,10 @@ class Draws:
     def token(self, canvas: int, step: int, length: int) -> TokenDraw:
         """The categorical draw of every canvas position at `step`."""
         return GumbelDraw(address_hash(self._seeds, TOKEN, canvas, step, np.arange(length)))
+
+    def next_token(self, first: int, length: int) -> TokenDraw:
+        """The categorical draw, in ar mode, of the tokens at positions [first, first + length)."""
+        return GumbelDraw(address_hash(self._seeds, NEXT, 0, 0, np.arange(first, first + length)))
 
     def _uniform_ids(self, purpose: int, canvas: int, step: int, length: int) -> mx.array:
         high = address_hash(self._seeds, purpose, canvas, step, np.arange(length)) >> np.uint64(32)
@@ -126,10 +131,17 @@ class RecordedDraws:
         canvases: the ids that canvas i started from, each (B, C).
         tokens: tokens[i][s], what step s of canvas i drew, each (B, C).
         renoise: renoise[i][s], the uniform ids of step s of canvas i, each (B, C).
+        text: (B, N), the ids at positions 0 to N - 1 of ar mode, prompt included.
     """
 
-    def __init__(self, canvases: Sequence, tokens: Sequence[Sequence], renoise: Sequence[Sequence]):
-        self._canvases, self._tokens, self._renoise = canvases, tokens, renoise
+    def __init__(
+        self,
+        canvases: Sequence = (),
+        tokens: Sequence[Sequence] = (),
+        renoise: Sequence[Sequence] = (),
+        text: Sequence = ((),),
+    ):
+        self._canvases, self._tokens, self._renoise, self._text = canvases, tokens, renoise, text
 
     def canvas(self, canvas: int, length: int) -> mx.array:
         return self._checked(self._canvases[canvas], length)
@@ -139,6 +151,9 @@ class RecordedDraws:
 
     def token(self, canvas: int, step: int, length: int) -> TokenDraw:
         return RecordedToken(self._checked(self._tokens[canvas][step], length))
+
+    def next_token(self, first: int, length: int) -> TokenDraw:
+        return RecordedToken(self._checked([row[first : first + length] for row in self._text], length))
 
     @staticmethod
     def _checked(ids: Sequence, length: int) -> mx.array:

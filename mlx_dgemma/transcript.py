@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
+CONTEXT = 8  # ids that are decoded again with the next one
+
+
 @dataclass(frozen=True)
 class Piece:
     """What became readable: of the answer, and of the thinking before it."""
@@ -72,24 +75,43 @@ class Transcript:
 
 
 class _Section:
-    """A run of ids decoded together, handed out in whole characters; `titled`: its first line is a name."""
+    """A run of ids handed out in whole characters; `titled`: its first line is a name and is left out.
+
+    Only the last ids are decoded at every `take`: what stands before a whole character has no say in
+    what follows it, but for the space at the beginning, so a few ids stay as context.
+    """
 
     def __init__(self, tokenizer: TokenizerWrapper, titled: bool = False):
         self._tokenizer, self._titled = tokenizer, titled
         self._ids: list[int] = []
-        self._given = 0
+        self._read = 0  # ids that have been handed out whole
+        self._given = 0  # characters of `_ids` that have been handed out
 
     def add(self, token: int) -> None:
         self._ids.append(token)
 
     def take(self, last: bool = False) -> str:
         text = self._tokenizer.decode(self._ids) if self._ids else ""
-        if not last:
-            text = text.rstrip("\ufffd")  # a character whose last bytes are still to come
-        if self._titled:
-            text = text.partition("\n")[2]
-        new, self._given = text[self._given :], max(self._given, len(text))
-        return new
+        whole = text if last else text.rstrip("\ufffd")  # a character whose last bytes are still to come
+        new, self._given = whole[self._given :], max(self._given, len(whole))
+        if whole == text:
+            self._forget()
+        return self._without_title(new)
+
+    def _forget(self) -> None:
+        """Drop ids that are read, once there are enough behind them."""
+        if self._read >= CONTEXT and len(self._ids) > self._read:
+            self._ids = self._ids[self._read :]
+            self._given = len(self._tokenizer.decode(self._ids))
+        if len(self._ids) >= CONTEXT:
+            self._read = len(self._ids)
+
+    def _without_title(self, text: str) -> str:
+        if not self._titled:
+            return text
+        _, newline, rest = text.partition("\n")
+        self._titled = not newline
+        return rest
 
 
 def _overlap(text: str, string: str) -> int:

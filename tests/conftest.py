@@ -1,9 +1,11 @@
 """Fixtures; the environment is set before MLX is imported."""
 
 import os
+import tempfile
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MLX_DGEMMA_CACHE"] = tempfile.mkdtemp()  # costs of passes that tests measure are theirs alone
 
 import pytest
 

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.config import GenerationConfig
-from mlx_dgemma.decoding.diffusion import Block, Counts, Draft, check_prompt, cut, decode
-from mlx_dgemma.decoding.prefill import prefill
+from mlx_dgemma.decoding.counts import Counts
+from mlx_dgemma.decoding.diffusion import Block, Preview, cut, decode
+from mlx_dgemma.decoding.prefill import check_prompt, prefill
 from mlx_dgemma.denoise import denoise
 from mlx_dgemma.draws import TILE, Draws
 from mlx_dgemma.errors import InputError
@@ -24,7 +25,7 @@ LOOSE = GenerationConfig(
 
 def run(model, seed=0, config=LOOSE, **options):
     events = list(decode(model, PROMPT, config, Draws([seed], model.config.vocab_size), **options))
-    return [e for e in events if isinstance(e, Block)], [e for e in events if isinstance(e, Draft)]
+    return [e for e in events if isinstance(e, Block)], [e for e in events if isinstance(e, Preview)]
 
 
 def test_the_same_seed_gives_the_same_ids_whatever_the_chunks(tiny):
@@ -66,7 +67,9 @@ def test_chunked_prefill_equals_unchunked(tiny):
 
 def test_progress_is_reported(tiny):
     seen = []
-    assert prefill(tiny, PROMPT, tiny.make_cache(), 8, lambda done, total: seen.append((done, total))) == 3
+    counts = Counts()
+    prefill(tiny, PROMPT, tiny.make_cache(), 8, lambda done, total: seen.append((done, total)), counts=counts)
+    assert (counts.encode_forwards, counts.positions) == (3, 20)
     assert seen == [(0, 20), (8, 20), (16, 20), (20, 20)]
 
 
@@ -116,4 +119,4 @@ def test_the_end_of_the_context_ends_the_answer(tiny):
 )
 def test_prompts_that_cannot_be_continued(tiny, prompt, said):
     with pytest.raises(InputError, match=said):
-        check_prompt(tiny, prompt)
+        check_prompt(tiny, prompt, room=12)

@@ -6,20 +6,22 @@ import sys
 from pathlib import Path
 
 import mlx_dgemma
+import mlx_dgemma.drafter
 
 ROOT = Path(mlx_dgemma.__file__).parent
+DRAFTER = Path(mlx_dgemma.drafter.__file__).parent  # at the top of the repository, a subpackage once installed
 
 # lower may not import higher; files of one line may import each other
 ORDER = [
-    ["errors"],
+    ["errors", "version"],
     ["config"],
-    ["cache"],
+    ["options", "cache"],
     ["layers"],
     ["model"],
-    ["draws", "checkpoint", "prompt", "transcript"],
+    ["draws", "filters", "checkpoint", "prompt", "transcript"],
     ["sampling"],
     ["denoise", "memory"],
-    ["loading"],
+    ["loading", "drafter"],
     ["decoding"],
     ["response", "command"],
     ["display"],
@@ -30,12 +32,18 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
-def imported(path: Path, runtime_only: bool = True) -> set[str]:
+def sources() -> dict[str, Path]:
+    """ "decoding/causal.py" -> where it is."""
+    found = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
+    return found | {f"drafter/{path.relative_to(DRAFTER).as_posix()}": path for path in DRAFTER.rglob("*.py")}
+
+
+def imported(name: str, path: Path) -> set[str]:
     """Absolute dotted names that a file imports, those for type checkers left out."""
     tree = ast.parse(path.read_text())
     skipped = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
-    ignored = {child for block in skipped for child in ast.walk(block)} if runtime_only else set()
-    package = ["mlx_dgemma", *path.relative_to(ROOT).parts[:-1]]
+    ignored = {child for block in skipped for child in ast.walk(block)}
+    package = ["mlx_dgemma", *name.split("/")[:-1]]
     names = set()
     for node in ast.walk(tree):
         if node in ignored:
@@ -54,25 +62,26 @@ def module_of(name: str) -> str:
 
 
 def test_every_file_has_its_place():
-    assert {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")} == set(RANK)
+    assert {name.partition("/")[0].removesuffix(".py") for name in sources()} == set(RANK)
 
 
 def test_imports_point_one_way():
     wrong = []
-    for path in ROOT.rglob("*.py"):
-        here = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        for name in imported(path):
+    for file, path in sources().items():
+        here = file.partition("/")[0].removesuffix(".py")
+        for name in imported(file, path):
             if name.split(".")[0] == "mlx_dgemma" and RANK[module_of(name)] > RANK[here]:
-                wrong.append(f"{path.name} imports {name}")
+                wrong.append(f"{file} imports {name}")
     assert not wrong
 
 
+def test_decoding_knows_drafters_by_their_protocol_alone():
+    names = {name for file, path in sources().items() if file.startswith("decoding/") for name in imported(file, path)}
+    assert {name for name in names if name.startswith("mlx_dgemma.drafter")} == {"mlx_dgemma.drafter.protocol"}
+
+
 def test_torch_is_imported_for_recording_alone():
-    users = {
-        p.relative_to(ROOT).as_posix()
-        for p in ROOT.rglob("*.py")
-        if any(n.split(".")[0] == "torch" for n in imported(p))
-    }
+    users = {file for file, path in sources().items() if any(n.split(".")[0] == "torch" for n in imported(file, path))}
     assert users == {"parity/reference.py"}
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mlx_dgemma.decoding.diffusion import Block, Counts, decode
+from mlx_dgemma.decoding.counts import Counts
+from mlx_dgemma.decoding.diffusion import Block, decode
 from mlx_dgemma.draws import RecordedDraws
 from mlx_dgemma.loading import EMBEDDED
 from mlx_dgemma.prompt import encode_prompt

@@ -12,23 +12,14 @@ from ..cache import PrefixCache
 from ..config import GenerationConfig
 from ..denoise import Frame, denoise
 from ..draws import Draws, RecordedDraws
-from ..errors import InputError
 from ..model import DiffusionGemma
 from ..sampling import VOCAB_CHUNK
+from .counts import Counts
 from .prefill import PREFILL_STEP, Progress, prefill
 
 
-@dataclass
-class Counts:
-    """What has been computed so far, prompt included."""
-
-    denoise_forwards: int = 0
-    encode_forwards: int = 0
-    positions: int = 0
-
-
 @dataclass(frozen=True)
-class Draft:
+class Preview:
     """A canvas on its way."""
 
     canvas_index: int
@@ -45,24 +36,6 @@ class Block:
     canvas: np.ndarray  # (C,), uncut
 
 
-def check_prompt(model: DiffusionGemma, ids: Sequence[int]) -> None:
-    """Raise InputError for a prompt that this model cannot continue."""
-    config = model.config
-    if not ids:
-        raise InputError("the prompt is empty; give at least one token")
-    wrong = next((i for i in ids if not 0 <= i < config.vocab_size), None)
-    if wrong is not None:
-        raise InputError(f"the prompt holds the token id {wrong}; the vocabulary has ids 0-{config.vocab_size - 1}")
-    if any(i in config.image_token_ids for i in ids):
-        raise InputError("the prompt holds image tokens; images are not supported yet")
-    room = config.max_position_embeddings - config.canvas_length
-    if len(ids) > room:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens; the context of {config.max_position_embeddings} "
-            f"leaves room for {room} before a canvas of {config.canvas_length}"
-        )
-
-
 def decode(
     model: DiffusionGemma,
     prompt: Sequence[int],
@@ -74,25 +47,24 @@ def decode(
     prefill_step: int = PREFILL_STEP,
     progress: Progress | None = None,
     vocab_chunk: int = VOCAB_CHUNK,
-) -> Iterator[Draft | Block]:
-    """Continue `prompt`; yields a Draft per denoising step and a Block per canvas.
+) -> Iterator[Preview | Block]:
+    """Continue `prompt`; yields a Preview per denoising step and a Block per canvas.
 
     Args:
-        cache: holds the tokens before `prompt`; empty by default. Afterwards it holds the prompt and
-            every canvas but the last.
+        cache: may hold the first tokens of `prompt` already. Afterwards it holds the prompt and every
+            canvas but the last.
         counts: incremented as work is done.
     """
     cache = model.make_cache() if cache is None else cache
     counts = Counts() if counts is None else counts
     length, remaining = model.config.canvas_length, config.max_new_tokens
-    counts.encode_forwards += prefill(model, prompt, cache, prefill_step, progress)
-    counts.positions += len(prompt)
+    prefill(model, prompt, cache, prefill_step, progress, counts=counts)
     index = 0
     while True:
         for frame in denoise(model, cache, config, draws, index, vocab_chunk):
             counts.denoise_forwards += 1
             counts.positions += length
-            yield Draft(index, frame)
+            yield Preview(index, frame)
         canvas = frame.best[0]
         tokens, reason = cut(canvas.tolist(), config.eos_token_ids, remaining)
         remaining -= len(tokens)

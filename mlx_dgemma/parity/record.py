@@ -16,6 +16,7 @@ import numpy as np
 from ..config import GenerationConfig, ModelConfig, read_json
 from ..errors import InputError
 from ..loading import NANO, read_generation_config, resolve
+from ..options import sampler_options
 from . import bundle
 from .reference import (  # which says what to install where torch is missing
     VERSIONS,
@@ -110,7 +111,7 @@ def _record(folder: Path, run: Run, work: Path, device: str) -> dict[str, Any]:
         "seed": run.seed,
         "versions": VERSIONS,
         "config": config,
-        "sampling": vars(run.sampling),
+        "sampling": {name: value for name, value in vars(run.sampling).items() if name not in sampler_options("ar")},
         "canvases": [len(steps) for steps in story.steps],
         "columns": columns,
         "flips": sum(int((a != b).any(-1).sum()) for a, b in zip(choices, exact_choices, strict=True)),

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..config import GenerationConfig
 from ..errors import InputError, UsageError
+from ..options import sampler_options
 from .bundle import blocks
 from .shapes import Shape
 
@@ -210,7 +211,7 @@ def generate_reference(model: Reference, run: Run) -> Story:
         steps[-1].append({name: value.cpu().numpy().copy() for name, value in step.items()})
         return result
 
-    options = dict(vars(run.sampling))
+    options = {name: value for name, value in vars(run.sampling).items() if name not in sampler_options("ar")}
     options["sampler_config"] = generation.EntropyBoundSamplerConfig(float(options.pop("entropy_bound")))
     options["eos_token_id"] = list(options.pop("eos_token_ids"))
     torch.manual_seed(run.seed)

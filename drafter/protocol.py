@@ -1,0 +1,67 @@
+"""What the decoding loop and a drafter say to each other.
+
+A drafter guesses the tokens that follow; the main model checks them all in one pass and keeps those
+that it would have chosen itself. So a drafter changes how fast an answer comes, never what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from ..cache import CacheReader
+    from ..model import DiffusionGemma
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Ids that may follow the last token, and how likely each is to be right, given those before it."""
+
+    tokens: Sequence[int]
+    confidences: Sequence[float] | None = None
+
+    def first(self, count: int) -> Draft:
+        return Draft(self.tokens[:count], None if self.confidences is None else self.confidences[:count])
+
+
+NOTHING = Draft(())
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What a drafter may look at.
+
+    Args:
+        tokens: all so far; the last one is not encoded yet. Not to be changed.
+        cache: holds tokens[:-1]; can be denoised behind, not written to.
+        model: the main model.
+        sample: (logits (L, V), position of the first) -> ids (L,), chosen with the loop's own
+            temperature, filters and random draws: a drafter that knows the main model's distribution
+            then draws what the main model will draw.
+    """
+
+    tokens: Sequence[int]
+    cache: CacheReader
+    model: DiffusionGemma
+    sample: Callable[[mx.array, int], mx.array]
+
+
+class Drafter(Protocol):
+    """One object serves one request at a time; `fresh()`, if there is one, gives another that shares the weights.
+
+    A drafter may also have `extend(tokens, features)`: told of every token once it is encoded, in
+    order, the prompt's chunk by chunk, rejected drafts never; `features` (1, L, n * H) are the
+    outputs of the `taps` layers there, None without taps. All calls together cover tokens[:-1].
+    """
+
+    taps: tuple[int, ...]  # layers of the main model whose outputs it wants, () for none
+
+    def reset(self) -> None:
+        """Forget everything: a new request begins."""
+
+    def propose(self, context: DraftContext, width: int) -> Draft:
+        """At most `width` ids that may follow; fewer, or none, where it has no good guess."""

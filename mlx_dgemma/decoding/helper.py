@@ -1,0 +1,74 @@
+"""A drafter held at arm's length: what it may say is checked, and if it fails it is off, and said to be."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import index
+
+from ..drafter.protocol import NOTHING, Draft, DraftContext, Drafter
+from ..model import Taps
+from .counts import Counts
+
+
+class Helper:
+    """Asks a drafter and passes on what the loop can use.
+
+    Whatever the drafter raises, or ids that are not in the vocabulary, turn it off for the rest of
+    the request; more tokens than were asked for are cut. Both are counted in `counts`.
+    """
+
+    def __init__(self, drafter: Drafter | None, vocab_size: int, counts: Counts):
+        self._drafter, self._vocab_size, self._counts = drafter, vocab_size, counts
+        self.name = type(drafter).__name__
+        self.taps: tuple[int, ...] = tuple(drafter.taps) if drafter is not None else ()
+        if drafter is not None:
+            with self._watched("reset"):
+                drafter.reset()
+
+    @property
+    def active(self) -> bool:
+        return self._drafter is not None
+
+    def propose(self, context: DraftContext, width: int) -> Draft:
+        """At most `width` ids of the vocabulary; none if it is off or has no guess."""
+        draft = NOTHING
+        if self._drafter is not None and width > 0:
+            with self._watched("propose"):
+                draft = self._checked(self._drafter.propose(context, width), width)
+        return draft
+
+    def extend(self, tokens: Sequence[int], tapped: Taps) -> None:
+        """Tell it of tokens that are encoded for good, with the features of those positions."""
+        if hasattr(self._drafter, "extend"):
+            with self._watched("extend"):
+                features = tapped.features[:, : len(tokens)] if self.taps else None
+                self._drafter.extend(list(tokens), features)
+
+    def _checked(self, draft: Draft, width: int) -> Draft:
+        tokens = [index(token) for token in draft.tokens]
+        self._counts.surplus += max(0, len(tokens) - width)
+        tokens = tokens[:width]
+        wrong = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"the id {wrong} is not in the vocabulary of {self._vocab_size}")
+        if draft.confidences is None:
+            return Draft(tokens)
+        confidences = [float(confidence) for confidence in draft.confidences[:width]]
+        if len(confidences) < len(tokens) or not all(map(math.isfinite, confidences)):
+            raise ValueError(f"{len(tokens)} tokens need as many finite confidences")
+        return Draft(tokens, confidences)
+
+    @contextmanager
+    def _watched(self, call: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:  # a drafter is anyone's code: whatever it raises costs speed alone
+            reason = " ".join(str(error).split())[:200] or "no message"
+            self._counts.drafter_failure = f"{self.name}.{call} raised {type(error).__name__}: {reason}"
+            self._drafter, self.taps = None, ()
+        finally:
+            self._counts.drafter_seconds += time.perf_counter() - start
