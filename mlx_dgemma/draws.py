@@ -1,8 +1,9 @@
 """Every random draw, addressed by (seed, purpose, canvas, step, position), and its replacement by recorded ones.
 
 Positions are relative to the canvas in diffusion mode; in ar mode, where canvas and step are 0, they
-count from the first token of the prompt. No shape, chunk, width or batch enters an address, so the same seed gives the same output however
-the work is cut up. MLX has no fold-in: a key comes from a fixed hash of the address,
+count from the first token of the prompt. No shape, chunk, width or batch enters an address, so the
+same seed gives the same output however the work is cut up. MLX has no fold-in: a key comes from a
+fixed hash of the address,
 
     h = PI;  for each field:  h = mix(h xor mix(field + GOLDEN))        (64 bits, wrapping)
     mix(x):  x ^= x >> 30;  x *= 0xBF58476D1CE4E5B9;  x ^= x >> 27;  x *= 0x94D049BB133111EB;  x ^= x >> 31

@@ -24,8 +24,8 @@ import mlx.core as mx
 
 from ..cache import CacheReader, PrefixCache
 from ..config import GenerationConfig
-from ..draws import Draws, RecordedDraws
 from ..drafter.protocol import NOTHING, Draft, DraftContext, Drafter
+from ..draws import Draws, RecordedDraws
 from ..filters import process, recent, shape
 from ..model import DiffusionGemma, Taps
 from .counts import Counts

@@ -154,7 +154,7 @@ class Widths:
 
     def __init__(self, table: CostTable | Costs | None = None, fixed: int | None = None):
         self._table, self._fixed = CostTable() if table is None else table, fixed
-        self._history, self._is_confident, self._to_measure = History(), False, 0
+        self._history, self._is_confident, self._to_measure = History(), True, 0
         self.drafter = ""  # its name in the table
 
     def ask(self, context: int, room: int) -> int:
