@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from mlx_dgemma.transcript import Transcript
@@ -47,3 +49,29 @@ def test_a_stop_string_cuts_wherever_it_falls(nano, sizes):
 
 def test_a_stop_string_in_the_thoughts_stops_nothing(nano):
     assert feed(nano, THINK, 1, ["2 +"])[:2] == ("four", "2 + 2 = 4")
+
+
+@pytest.mark.parametrize("sizes", [1, 3, 7])
+def test_pieces_add_up_to_the_text_decoded_whole(nano, sizes):
+    """Also of ids that no text has: half characters, spaces anywhere."""
+    tokenizer = nano[1]
+    ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids]
+    for seed in range(20):
+        ids = random.Random(seed).choices(ordinary, k=100)
+        transcript = Transcript(tokenizer)
+        pieces = [transcript.add(ids[first : first + sizes]).text for first in range(0, len(ids), sizes)]
+        assert "".join([*pieces, transcript.finish().text]) == tokenizer.decode(ids)
+
+
+def test_a_token_costs_the_same_at_the_end_of_a_long_text(nano, monkeypatch):
+    tokenizer, decoded = nano[1], []
+    transcript = Transcript(tokenizer)
+    decode = tokenizer._tokenizer.decode
+    monkeypatch.setattr(
+        tokenizer._tokenizer,
+        "decode",
+        lambda ids, *rest, **more: decoded.append(len(ids)) or decode(ids, *rest, **more),
+    )
+    for token in tokenizer.encode("a long text " * 60, add_special_tokens=False):
+        transcript.add([token])
+    assert len(decoded) > 300 and max(decoded) <= 20

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +24,8 @@ from ..model import DiffusionGemma
 from ..version import __version__
 
 KEPT = 9  # latest samples of a pass; their median counts
+REFRESHED = 16  # samples after which medians are taken again
+LARGEST_PASS = 65  # positions: the widest draft and the token before it
 SCHEMA = 1
 # seconds of a pass over n positions, over one position: what is assumed until it is measured
 ASSUMED_POSITIONS, ASSUMED_RATIOS = (1, 4, 16, 65), (1.0, 2.2, 5.1, 12.0)
@@ -42,22 +45,31 @@ class Costs:
     verified: Mapping[int, float] = field(default_factory=dict)
     drafted: Mapping[int, float] = field(default_factory=dict)
 
-    def verify(self, positions: int) -> float:
-        """Of a pass over `positions`: between known ones, the assumed ratios are scaled to fit."""
-        known = sorted(self.verified)
-        assumed = np.interp([*known, positions], ASSUMED_POSITIONS, ASSUMED_RATIOS)
-        if not known:
-            return float(assumed[-1]) * (self.plain or 1.0)
-        scales = [self.verified[n] / ratio for n, ratio in zip(known, assumed, strict=False)]
-        return float(assumed[-1] * np.interp(positions, known, scales))
-
     def step(self) -> float:
         """Of one token without a draft."""
         return self.verify(1) if self.plain is None else self.plain
 
+    def verify(self, positions: int) -> float:
+        """Of a pass over `positions`, at most 65: between known ones, the assumed ratios are scaled to fit."""
+        return self._passes[positions]
+
     def draft(self, width: int) -> float:
-        known = sorted(self.drafted)
-        return float(np.interp(width, known, [self.drafted[n] for n in known])) if known else 0.0
+        """Of a draft of `width`, at most 64; 0 if nothing is known."""
+        return self._drafts[width]
+
+    @cached_property
+    def _passes(self) -> list[float]:
+        ratios = np.interp(np.arange(LARGEST_PASS + 1), ASSUMED_POSITIONS, ASSUMED_RATIOS)
+        known = sorted(self.verified)
+        if not known:
+            return (ratios * (self.plain or 1.0)).tolist()
+        scales = np.interp(np.arange(len(ratios)), known, [self.verified[n] / ratios[n] for n in known])
+        return (ratios * scales).tolist()
+
+    @cached_property
+    def _drafts(self) -> list[float]:
+        known = sorted(self.drafted) or [0]
+        return np.interp(np.arange(LARGEST_PASS), known, [self.drafted.get(n, 0.0) for n in known]).tolist()
 
     def at(self, context: int, drafter: str) -> Costs:
         return self
@@ -79,7 +91,8 @@ class CostTable:
         self._path = path
         self._samples: dict[str, list[float]] = _read(path)  # "<bucket>/<kind>/<number>" -> seconds
         self._met: set[str] = set()
-        self._changed = False
+        self._unsaved = 0
+        self._known: dict[tuple[int, str], Costs] = {}
 
     @classmethod
     def of(cls, model: DiffusionGemma) -> CostTable:
@@ -88,14 +101,22 @@ class CostTable:
         device = mx.device_info().get("device_name", "unknown")
         facts = [SCHEMA, mx.default_device().type.name, device, mx.__version__, __version__, shapes]
         path = _folder() / f"costs-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
-        return _tables.setdefault(path, cls(path))
+        if path not in _tables:
+            _tables[path] = cls(path)
+        return _tables[path]
 
     def at(self, context: int, drafter: str) -> Costs:
         """Costs behind `context` tokens, or at the nearest length of which anything is known."""
+        where = (bucket(context), drafter)
+        if where not in self._known:
+            self._known[where] = self._costs(*where)
+        return self._known[where]
+
+    def _costs(self, wanted: int, drafter: str) -> Costs:
         buckets = {int(key.partition("/")[0]) for key in self._samples}
         if not buckets:
             return Costs()
-        nearest = min(buckets, key=lambda known: abs(known - bucket(context)))
+        nearest = min(buckets, key=lambda known: abs(known - wanted))
         values: dict[str, dict[int, float]] = {}
         for key, samples in self._samples.items():
             where, kind, number = key.split("/")
@@ -109,12 +130,15 @@ class CostTable:
         if key not in self._met:
             self._met.add(key)
             return
+        is_new = key not in self._samples
         self._samples[key] = [*self._samples.get(key, []), seconds][-KEPT:]
-        self._changed = True
+        self._unsaved += 1
+        if is_new or self._unsaved % REFRESHED == 0:
+            self._known.clear()
 
     def save(self) -> None:
         """Write the table if it has changed; a folder that cannot be written is no reason to fail an answer."""
-        if self._path is None or not self._changed:
+        if self._path is None or not self._unsaved:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +147,7 @@ class CostTable:
             os.replace(file.name, self._path)
         except OSError:
             return
-        self._changed = False
+        self._unsaved = 0
 
 
 _tables: dict[Path, CostTable] = {}  # one per file in a process, which warms up once

@@ -25,7 +25,7 @@ from .costs import Costs, CostTable
 WIDEST = 16  # wider drafts only if asked for
 ALLOWANCE, RATE = 3.0, 0.02  # plain steps, plain steps per token
 PRIOR, PRIOR_WEIGHT = 0.75, 2.0  # acceptance that is expected at first, and the trials it is worth
-FORGETTING = 0.95  # what a trial still weighs after the next
+FORGETTING, AGEING = 0.95, 0.98  # what a trial still weighs after the next one, after a plain step
 LONGEST_WAIT = 128  # tokens between probes at most
 UNMEASURED_STEPS = 4  # plain steps run to learn what they cost
 
@@ -57,8 +57,9 @@ class History:
         return self.waited >= min(2**self.failures, LONGEST_WAIT)
 
     def after_step(self) -> History:
-        """A plain step, nothing asked."""
-        return replace(self, tokens=self.tokens + 1, waited=self.waited + 1)
+        """A plain step, nothing asked. What is known of drafts grows old: texts change."""
+        aged = {name: AGEING * getattr(self, name) for name in ("right", "wrong", "promised")}
+        return replace(self, **aged, tokens=self.tokens + 1, waited=self.waited + 1)
 
     def after_round(
         self, costs: Costs, asked: int, drafted: int, accepted: int, confidences: Sequence[float] | None = None
