@@ -225,8 +225,10 @@ def json_object(text: str) -> dict[int, Any]:
 
 
 def _command(args: argparse.Namespace) -> None:
-    options = {name: getattr(args, "show_denoising" if name == "drafts" else name) for name in sum(MODES.values(), ())}
+    options = {name: getattr(args, name) for name in sum(MODES.values(), ()) if name != "drafts"}
     check_options(args.mode, options)
+    if args.mode != "diffusion" and args.show_denoising:
+        raise UsageError("--show-denoising is an option of diffusion mode; ar mode has no canvas to show")
     # what is out of range whatever the checkpoint is said before it is loaded
     check_limits(args.max_tokens, args.prefill_step_size, args.seed, args.drafter, args.draft_width)
     if args.drafter is not None:
@@ -251,7 +253,8 @@ def _command(args: argparse.Namespace) -> None:
         enable_thinking=args.enable_thinking,
         prefill_step_size=args.prefill_step_size,
         prompt_progress_callback=prefill_bar(),
-        **{name: options[name] for name in MODES[args.mode]},
+        drafts=args.show_denoising,
+        **{name: value for name, value in options.items() if name in MODES[args.mode]},
     )
     show(responses, tokenizer, verbose=args.verbose, denoising=args.show_denoising)
 

@@ -1,6 +1,7 @@
 """The command as a user runs it: what it prints, what it says of mistakes, how it ends."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from tests.helpers import screen, write_checkpoint
 from tests.test_loading import point_outside, truncate
 
 main = sys.modules["mlx_dgemma.generate"].main
+EDIT = 'set age=44 in {"name": "Bob", "age": 31, "city": "Oslo", "job": "baker", "active": true}'
 ANSWER = '{"name": "Ann", "age": 31, "city": "Oslo"}'
 
 
@@ -60,6 +62,28 @@ def test_denoising_in_a_terminal_redraws_the_canvas(capsys, monkeypatch):
     assert screen(out) == ANSWER
 
 
+def test_ar_mode_with_a_drafter(capsys):
+    options = ["--prompt", EDIT, "--mode", "ar", "--temp", "0"]
+    _, plain, _ = run(capsys, *options, "--verbose", "F")
+    status, out, err = run(capsys, *options, "--drafter", "lookup", "--draft-width", "8")
+    lines = out.splitlines()
+    assert (status, err, lines[1]) == (0, "", plain.strip())
+    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Forwards", "Drafts", "Peak memory"]
+    assert re.search(r"\d+ of \d+ tokens accepted in \d+ rounds, \d\.\d\d a round; drafter \d", lines[6])
+    assert re.search(r"\(0 denoise \+ \d+ encode\), 0\.\d+ per token, over \d+ positions", lines[5])
+
+
+def test_sampling_options_reach_the_sampler(capsys):
+    ar = ["--prompt", "json name=Ann age=31", "--mode", "ar", "--verbose", "F"]
+    _, greedy, _ = run(capsys, *ar, "--temp", "0")
+    assert greedy == '{"name": "Ann", "age": 31}\n'
+    assert run(capsys, *ar, "--top-k", "1", "--seed", "3")[1] == greedy
+    assert run(capsys, *ar, "--min-p", "1", "--seed", "3")[1] == greedy
+    assert run(capsys, *ar, "--top-p", "0.000001", "--seed", "3")[1] == greedy
+    assert run(capsys, *ar, "--temp", "0", "--logit-bias", '{"1": 200, "6": 200}')[1] == "\n", "an end at once"
+    assert run(capsys, *ar, "--temp", "0", "--repetition-penalty", "9", "--repetition-context-size", "99")[1] != greedy
+
+
 BAD = {
     "no such folder": (["--model", "/no/such/folder"], 1, "/no/such/folder"),
     "hub without network": (["--model", "nobody/nothing"], 1, "nobody/nothing"),
@@ -75,6 +99,16 @@ BAD = {
     "truncated shard": (["--model", "{truncated}"], 1, "its header says"),
     "index outside": (["--model", "{outside}"], 1, "not a file name in this folder"),
     "other mode's option": (["--temp", "0.7"], 2, "temperature is an option of ar mode"),
+    "drafter in diffusion mode": (["--drafter", "lookup"], 2, "drafter is an option of ar mode"),
+    "width in diffusion mode": (["--draft-width", "4"], 2, "draft_width is an option of ar mode"),
+    "unknown drafter": (["--mode", "ar", "--drafter", "magic"], 2, "'magic' does not exist; there are lookup"),
+    "drafter with too much": (["--mode", "ar", "--drafter", "lookup:x"], 2, "write lookup"),
+    "negative width": (["--mode", "ar", "--drafter", "lookup", "--draft-width", "-1"], 2, "draft_width"),
+    "width alone": (["--mode", "ar", "--draft-width", "4"], 2, "draft_width needs a drafter"),
+    "temperature below 0": (["--mode", "ar", "--temp", "-1"], 2, "temperature must not be negative"),
+    "bias outside": (["--mode", "ar", "--logit-bias", '{"5000": 1}'], 2, "id 5000; the vocabulary has ids 0-778"),
+    "canvas in ar mode": (["--mode", "ar", "--show-denoising"], 2, "--show-denoising is an option of diffusion mode"),
+    "steps in ar mode": (["--mode", "ar", "--max-denoising-steps", "4"], 2, "option of diffusion mode"),
     "unknown mode": (["--mode", "magic"], 2, "magic"),
     "prefill": (["--prefill-step-size", "0"], 2, "prefill_step_size"),
     "too long": (["--prompt", "json " * 9000], 1, "tokens; the context of 8192"),
@@ -96,6 +130,12 @@ def test_a_mistake_is_one_line_and_a_status(capsys, tmp_path, case):
     assert status == expected
     assert out == ""
     assert err.count("\n") == 1 and said in err and err.startswith("mlx_dgemma.generate: ")
+
+
+def test_a_bias_that_is_no_json_is_bad_usage(capsys):
+    status, out, err = run(capsys, "--prompt", "x", "--mode", "ar", "--logit-bias", "107=5")
+    assert (status, out) == (2, "")
+    assert "must be a JSON object of ids and numbers, not '107=5'" in err
 
 
 def test_debug_keeps_the_traceback(tmp_path):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dgemma.draws import CANVAS, TILE, TOKEN, Draws, GumbelDraw, RecordedDraws, address_hash
+from mlx_dgemma.draws import CANVAS, NEXT, TILE, TOKEN, Draws, GumbelDraw, RecordedDraws, address_hash
 
 
 def test_golden_hashes():
@@ -91,3 +91,30 @@ def test_recorded_ids_take_the_place_of_draws():
     assert draws.renoise(0, 0, 2).tolist() == [[5, 6]]
     with pytest.raises(ValueError, match="shape"):
         draws.canvas(0, 3)
+
+
+def test_golden_draws_of_ar_mode():
+    draws = Draws([7], 262_144)
+    assert hex(address_hash(7, NEXT, 0, 0, 1000)[0]) == "0xae0cb9eb43ba9488"
+    noise = np.array(draws.next_token(999, 2).noise(0, 2))
+    np.testing.assert_allclose(noise[0, 1], [0.068208568, 0.462595522], rtol=1e-5)
+
+
+def test_an_absolute_position_draws_the_same_in_any_block():
+    z = mx.random.normal((1, 9, 500), key=mx.random.key(3))
+    draws = Draws([11], 500)
+    whole = draws.next_token(20, 9)
+    whole.add(z, 0)
+    for first in range(9):
+        one = draws.next_token(20 + first, 1)
+        one.add(z[:, first : first + 1], 0)
+        assert one.ids.item() == whole.ids[0, first].item()
+
+
+def test_recorded_text_takes_the_place_of_draws():
+    draws = RecordedDraws(text=[[5, 6, 7, 8]])
+    draw = draws.next_token(1, 2)
+    draw.add(mx.zeros((1, 2, 9)), 0)
+    assert draw.ids.tolist() == [[6, 7]]
+    with pytest.raises(ValueError, match="shape"):
+        draws.next_token(3, 2)

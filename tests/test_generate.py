@@ -2,9 +2,12 @@
 
 import re
 
+import mlx.core as mx
 import pytest
 
 from mlx_dgemma import GenerationResponse, InputError, UsageError, generate, load, stream_generate
+from mlx_dgemma.drafter import Draft
+from mlx_dgemma.response import statistics
 from tests.helpers import write_checkpoint
 
 ASK = "json name=Ann age=31 city=Oslo"
@@ -90,6 +93,97 @@ def test_progress(nano):
     assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 8
 
 
+EDIT = 'set age=44 in {"name": "Bob", "age": 31, "city": "Oslo", "job": "baker", "active": true}'
+EDITED = '{"name": "Bob", "age": 44, "city": "Oslo", "job": "baker", "active": true}'
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_drafter_changes_the_passes_and_not_the_answer(nano, temperature):
+    plain, drafted = (
+        list(stream_generate(*nano, EDIT, mode="ar", temperature=temperature, **options))
+        for options in ({}, {"drafter": "lookup", "draft_width": 8})
+    )
+    assert "".join(r.text for r in plain) == EDITED
+    assert [(r.token, r.text, r.finish_reason) for r in drafted] == [(r.token, r.text, r.finish_reason) for r in plain]
+    assert drafted[-1].encode_forwards < 0.5 * plain[-1].encode_forwards
+    assert drafted[-1].accepted_tokens == sum(r.from_draft for r in drafted) > 15
+    assert drafted[-1].drafted_tokens == drafted[-1].positions_computed - drafted[-1].prompt_tokens - (
+        drafted[-1].encode_forwards - 2
+    )
+    assert not any(r.from_draft or r.drafted_tokens for r in plain)
+
+
+def test_ar_responses_come_token_by_token(nano):
+    responses = list(stream_generate(*nano, ASK, mode="ar", temperature=0.0))
+    assert "".join(r.text for r in responses) == ANSWER
+    assert all(r.mode == "ar" and r.exact and r.tokens == (r.token,) for r in responses)
+    assert [r.generation_tokens for r in responses] == list(range(1, len(responses) + 1))
+    assert [r.finish_reason for r in responses] == [None] * (len(responses) - 1) + ["stop"]
+    assert responses[-1].token == nano[1].eos_token_id
+    assert all(mx.argmax(r.logprobs).item() == r.token for r in responses)
+    assert abs(mx.exp(responses[0].logprobs).sum().item() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("drafter", [None, "lookup"])
+def test_ar_is_cut_where_it_should_be(nano, drafter):
+    options = {"mode": "ar", "temperature": 0.0, "drafter": drafter}
+    responses = list(stream_generate(*nano, EDIT, max_tokens=5, **options))
+    assert (responses[-1].generation_tokens, responses[-1].finish_reason) == (5, "length")
+    responses = list(stream_generate(*nano, EDIT, stop="city", **options))
+    assert "".join(r.text for r in responses) == EDITED.partition("city")[0]
+    assert responses[-1].finish_reason == "stop"
+    assert generate(*nano, EDIT, stop=["zzz", "Oslo", "city"], **options) == EDITED.partition("city")[0]
+
+
+def test_ar_thinks_apart(nano):
+    responses = list(stream_generate(*nano, "47 - 23", mode="ar", temperature=0.0, enable_thinking=True))
+    assert re.fullmatch(r"\d - \d = -?\d, \d - \d = -?\d", "".join(r.reasoning for r in responses))
+    assert "".join(r.text for r in responses).isdigit()
+
+
+def test_ar_seeds_and_sampling_options(tmp_path):
+    """On a random model, which is unsure of everything."""
+    model, tokenizer = load(write_checkpoint(tmp_path))
+    prompt = [2, 17, 40, 99, 3, 58, 121, 7, 64, 30, 88, 101]
+
+    def ids(**options):
+        return [r.token for r in stream_generate(model, tokenizer, prompt, mode="ar", max_tokens=12, **options)]
+
+    assert ids(seed=1) == ids(seed=1) == ids(seed=1, prefill_step_size=5)
+    assert ids(seed=1) != ids(seed=2)
+    assert ids(temperature=0.0) == ids(top_k=1, seed=5) == ids(min_p=1.0, seed=6) == ids(top_p=1e-6, seed=7)
+    banned = ids(temperature=0.0)[0]
+    assert banned not in ids(temperature=0.0, logit_bias={banned: -1e4})
+    assert ids(seed=1, repetition_penalty=1.5) != ids(seed=1)
+
+
+class Broken:
+    """A drafter that fails in the middle."""
+
+    taps = ()
+
+    def reset(self):
+        self.calls = 0
+
+    def propose(self, context, width):
+        self.calls += 1
+        if self.calls > 2:
+            raise RuntimeError("out of\nideas")
+        return Draft([5] * (width + 3))
+
+
+def test_a_drafter_of_ones_own_that_fails_is_reported(nano):
+    responses = list(stream_generate(*nano, ASK, mode="ar", temperature=0.0, drafter=Broken(), draft_width=3))
+    assert "".join(r.text for r in responses) == ANSWER
+    last = responses[-1]
+    assert last.drafter_failure == "Broken.propose raised RuntimeError: out of ideas"
+    assert (last.surplus_tokens, last.draft_rounds, last.drafted_tokens) == (6, 2, 6)
+    assert responses[0].drafter_failure is None
+    said = statistics(last)
+    assert "Drafter turned off (the answer is not affected): Broken.propose" in said
+    assert "0 of 6 tokens accepted in 2 rounds, 0.00 a round" in said and "6 tokens beyond" in said
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
@@ -116,6 +210,28 @@ def test_progress(nano):
         ({"entropy_bound": 0}, UsageError, "entropy_bound"),
         ({"max_denoising_steps": 0}, UsageError, "max_denoising_steps"),
         ({"temperature": 0.5}, UsageError, "option of ar mode"),
+        ({"drafter": "lookup"}, UsageError, "drafter is an option of ar mode"),
+        ({"draft_width": 4}, UsageError, "draft_width is an option of ar mode"),
+        ({"mode": "ar", "t_min": 0.2}, UsageError, "t_min is an option of diffusion mode"),
+        ({"mode": "ar", "drafts": True}, UsageError, "drafts is an option of diffusion mode"),
+        ({"mode": "ar", "drafter": "magic"}, UsageError, "'magic' does not exist; there are lookup"),
+        ({"mode": "ar", "drafter": "lookup", "draft_width": -1}, UsageError, "draft_width .* 0-64, not -1"),
+        ({"mode": "ar", "drafter": "lookup", "draft_width": 65}, UsageError, "draft_width .* 0-64, not 65"),
+        ({"mode": "ar", "draft_width": 4}, UsageError, "draft_width needs a drafter"),
+        ({"mode": "ar", "drafter": object()}, UsageError, r"no method reset\(\)"),
+        ({"mode": "ar", "temperature": -0.1}, UsageError, "temperature must not be negative"),
+        ({"mode": "ar", "temperature": 1e-9}, UsageError, "temperature"),
+        ({"mode": "ar", "top_p": 0}, UsageError, "top_p"),
+        ({"mode": "ar", "top_p": 1.5}, UsageError, "top_p"),
+        ({"mode": "ar", "top_k": -1}, UsageError, "top_k"),
+        ({"mode": "ar", "top_k": 1.5}, UsageError, "top_k"),
+        ({"mode": "ar", "min_p": 2}, UsageError, "min_p"),
+        ({"mode": "ar", "repetition_penalty": 0}, UsageError, "repetition_penalty"),
+        ({"mode": "ar", "logit_bias": {779: 1.0}}, UsageError, "id 779; the vocabulary has ids 0-778"),
+        ({"mode": "ar", "logit_bias": {-1: 1.0}}, UsageError, "logit_bias"),
+        ({"mode": "ar", "logit_bias": {5: "x"}}, UsageError, "logit_bias of id 5"),
+        ({"mode": "ar", "logit_bias": [5]}, UsageError, "logit_bias"),
+        ({"mode": "ar", "prompt": [7] * 8192}, InputError, "8192 tokens"),
         ({"warmth": 1}, UsageError, "warmth is not an option"),
         ({"mode": "magic"}, UsageError, "magic"),
         ({"prefill_step_size": 5000}, UsageError, "prefill_step_size"),

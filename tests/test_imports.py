@@ -5,9 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx_dgemma.drafter
-
 import mlx_dgemma
+import mlx_dgemma.drafter
 
 ROOT = Path(mlx_dgemma.__file__).parent
 DRAFTER = Path(mlx_dgemma.drafter.__file__).parent  # at the top of the repository, a subpackage once installed

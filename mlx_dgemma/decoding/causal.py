@@ -181,6 +181,13 @@ class Verifier:
         draw.add(shape(logits, self._config)[None], 0)
         return draw.ids[0]
 
+    def scores(self, logits: mx.array, first: int) -> mx.array:
+        """What `choose` takes the largest of, (L, V)."""
+        if self._config.temperature == 0:
+            return logits
+        noise = self._draws.next_token(first, len(logits)).noise(0, logits.shape[-1])[0]
+        return shape(logits, self._config) + noise
+
 
 class StepWatch:
     """Seconds of a pass, as far as they were its own."""

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 
 from ..command import run_command
 from ..errors import InputError, UsageError
+from ..options import check_limits
 
 if TYPE_CHECKING:
     from .shapes import Shape
 
+EDIT = 'set age=44 in {"name": "Bob", "age": 31, "city": "Oslo", "job": "baker", "active": true}'
 DESCRIPTION = """\
 Show that this package computes what the reference computes.
 
 `record` runs transformers' DiffusionGemma in torch and writes a bundle: what it computed, in
 float64; its own error in float32; what it drew and decided. `check` replays a bundle on MLX,
 without torch: every layer of both passes must be as near to float64 as the reference is, within a
-factor of 4, and every decision and token equal. Exit status: 0 the same, 1 not, 2 bad usage."""
+factor of 4, and every decision and token equal. `widths` shows whether this device chooses the same
+tokens when drafts are verified many positions at a time. Exit status: 0 the same, 1 not, 2 bad usage."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("mlx_dgemma.parity", description=DESCRIPTION, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{record,check}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{record,check,widths}")
     _add_record(commands.add_parser("record", help="run the reference and write a bundle (needs torch)"))
     _add_check(commands.add_parser("check", help="replay a bundle on MLX and judge it"))
+    _add_widths(commands.add_parser("widths", help="compare verifying many positions at once with one at a time"))
     return parser
 
 
@@ -59,6 +63,19 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path, nargs="+", metavar="BUNDLE", help="folders that record wrote")
     add("--model", help="the checkpoint, if it is neither in the bundle nor embedded in this package")
+    add("--device", choices=("cpu", "gpu"), help="where MLX runs (its default device)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_widths(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_widths)
+    add = parser.add_argument
+    add("--model", default="nano", help='a folder, a Hub id, or "nano" (%(default)s)')
+    add("--prompt", default=EDIT, help="what to answer (a JSON edit)")
+    add("--max-tokens", type=int, default=128, help="length of the answer (%(default)s)")
+    add("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help="drafts a pass (1 2 4 8 16)")
+    add("--temp", type=float, nargs="+", default=[0.0, 1.0], metavar="T", help="temperatures (0 1)")
+    add("--seed", type=int, default=0, help="of the draws (%(default)s)")
     add("--device", choices=("cpu", "gpu"), help="where MLX runs (its default device)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
@@ -103,15 +120,9 @@ def _tiny_shape(args: argparse.Namespace) -> Shape:
 
 
 def _check(args: argparse.Namespace) -> int:
-    os.environ["MLX_ENABLE_TF32"] = "0"  # float32 means float32; read when MLX first multiplies
-    import mlx.core as mx
-
+    _use_device(args.device)
     from .check import check
 
-    if args.device == "gpu" and not mx.is_available(mx.gpu):
-        raise UsageError("--device gpu: MLX has no GPU here; use --device cpu")
-    if args.device:
-        mx.set_default_device(mx.gpu if args.device == "gpu" else mx.cpu)
     failed = []
     for folder in args.bundle:
         report = check(folder, args.model)
@@ -120,3 +131,40 @@ def _check(args: argparse.Namespace) -> int:
     if failed:
         raise InputError(f"not the same as the reference: {'; '.join(failed)}")
     return 0
+
+
+def _widths(args: argparse.Namespace) -> int:
+    for width in args.widths:
+        check_limits(args.max_tokens, None, args.seed, "oracle", width)
+    _use_device(args.device)
+    from ..decoding.prefill import check_prompt
+    from ..loading import load
+    from ..prompt import encode_prompt
+    from .widths import HEAD, compare, plain_options
+
+    model, tokenizer = load(args.model)
+    ids = encode_prompt(tokenizer, args.prompt)
+    check_prompt(model, ids, room=1)
+    faults = []
+    for temperature in args.temp:
+        config = plain_options(model.generation_config, temperature, args.max_tokens)
+        print(f"{args.model}, {str(model.dtype).removeprefix('mlx.core.')}, temperature {temperature:g}\n{HEAD}")
+        for width in args.widths:
+            (result,) = compare(model, ids, config, args.seed, [width])
+            print(result.line(), flush=True)
+            faults += [] if result.passed else [f"{width} drafts at temperature {temperature:g}"]
+        print()
+    if faults:
+        raise InputError(f"not the same tokens, and no rounding explains it: {'; '.join(faults)}")
+    return 0
+
+
+def _use_device(name: str | None) -> None:
+    """Run on this device, float32 meaning float32."""
+    os.environ["MLX_ENABLE_TF32"] = "0"  # read when MLX first multiplies
+    import mlx.core as mx
+
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise UsageError("--device gpu: MLX has no GPU here; use --device cpu")
+    if name:
+        mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)

@@ -1,0 +1,115 @@
+"""Drafters by name, and objects that are taken for one."""
+
+from importlib import import_module
+
+import pytest
+
+from mlx_dgemma import drafter
+from mlx_dgemma.drafter import DRAFTERS, check_name, check_object, make
+from mlx_dgemma.drafter.lookup import Lookup
+from mlx_dgemma.drafter.oracle import Oracle
+from mlx_dgemma.drafter.protocol import Draft
+from mlx_dgemma.errors import UsageError
+
+
+class Whole:
+    """Has all that is asked for, `extend` and `fresh` included."""
+
+    taps: tuple[int, ...] = (0, 2)
+
+    def reset(self):
+        pass
+
+    def propose(self, context, width):
+        return Draft(())
+
+    def extend(self, tokens, features):
+        pass
+
+
+def without(name: str, **others):
+    """A `Whole` that lacks `name`, or has `others` instead."""
+    members = {key: value for key, value in vars(Whole).items() if not key.startswith("__")} | others
+    members.pop(name, None)
+    return type("Part", (), members)()
+
+
+def test_every_name_has_its_factory():
+    for module, factory, argument in DRAFTERS.values():
+        assert callable(getattr(import_module(module, drafter.__name__), factory))
+        assert argument is None or argument
+
+
+def test_lookup_is_made_by_name_anew_each_time(tiny):
+    one, other = make("lookup", tiny), make("lookup", tiny)
+    assert isinstance(one, Lookup)
+    assert one is not other
+    assert make(None, tiny) is None
+
+
+@pytest.mark.parametrize("name", ["oracle", "Lookup", "", "look", "lookup ", ":lookup", "nonesuch:x"])
+def test_an_unknown_name_is_told_those_that_exist(tiny, name):
+    with pytest.raises(UsageError) as error:
+        make(name, tiny)
+    assert repr(name) in str(error.value)
+    for known in DRAFTERS:
+        assert known in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lookup:x", "lookup:", "lookup:lookup"])
+def test_lookup_takes_no_argument(tiny, name):
+    with pytest.raises(UsageError, match=f"'{name}': write lookup$"):
+        make(name, tiny)
+
+
+def test_names_that_need_an_argument(monkeypatch, tiny):
+    made = []
+    monkeypatch.setitem(DRAFTERS, "tested", (".lookup", "make", "<path>"))
+    monkeypatch.setattr("mlx_dgemma.drafter.lookup.make", lambda model, argument: made.append((model, argument)))
+    for name in ("tested", "tested:"):
+        with pytest.raises(UsageError, match="write tested:<path>"):
+            make(name, tiny)
+    with pytest.raises(UsageError, match="tested:<path>"):
+        check_name("nonesuch")
+    assert check_name("tested:/a:b") == ("tested", "/a:b")
+    make("tested:C:/x", tiny)
+    assert made == [(tiny, "C:/x")]
+
+
+def test_objects_are_taken_as_they_are_or_made_fresh(tiny):
+    oracle, whole, lookup = Oracle([1]), Whole(), Lookup()
+    assert make(oracle, tiny) is oracle
+    assert make(whole, tiny) is whole
+    fresh = make(lookup, tiny)
+    assert isinstance(fresh, Lookup)
+    assert fresh is not lookup
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (without("reset"), r"no method reset\(\)"),
+        (without("propose"), r"no method propose\(\)"),
+        (without("", propose=3), r"no method propose\(\)"),
+        (without("taps"), "taps must be a tuple of layers 0-2, not None"),
+        (without("", taps=[3]), r"layers 0-2, not \[3\]"),
+        (without("", taps=(-1,)), r"not \(-1,\)"),
+        (without("", taps=(0, True)), r"not \(0, True\)"),
+        (without("", taps=(1.0,)), r"not \(1.0,\)"),
+        (without("", taps=1), "not 1"),
+        (without("", taps="01"), "not '01'"),
+        (without("extend"), r"taps but no method extend\(\)"),
+        (7, r"7 has no method reset\(\)"),
+        (Whole.propose, r"no method reset\(\)"),
+    ],
+)
+def test_objects_that_are_no_drafters_are_told_what_they_lack(tiny, broken, said):
+    with pytest.raises(UsageError, match=said) as error:
+        make(broken, tiny)
+    assert "drafter" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_objects_that_are_drafters():
+    for whole in (Whole(), without("extend", taps=()), without("", taps=[]), without("", taps=(2, 0, 1)), Oracle(())):
+        check_object(whole, 3)
