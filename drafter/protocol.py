@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Draft:
-    """Ids that may follow the last token, and how likely each is to be right, given those before it."""
+    """Ids that may follow the last token, and how likely each is to be right, given those before it (0-1)."""
 
     tokens: Sequence[int]
     confidences: Sequence[float] | None = None
@@ -39,9 +39,9 @@ class DraftContext:
         tokens: all so far; the last one is not encoded yet. Not to be changed.
         cache: holds tokens[:-1]; can be denoised behind, not written to.
         model: the main model.
-        sample: (logits (L, V), position of the first) -> ids (L,), chosen with the loop's own
+        sample: (logits (L, V), position of the first) -> ids (L,), chosen with the loop's own bias,
             temperature, filters and random draws: a drafter that knows the main model's distribution
-            then draws what the main model will draw.
+            then draws what the main model will draw. The repetition penalty is left out.
     """
 
     tokens: Sequence[int]

@@ -30,7 +30,7 @@ from ..filters import process, recent, shape
 from ..model import DiffusionGemma, Taps
 from .counts import Counts
 from .diffusion import cut
-from .helper import Helper
+from .guard import GuardedDrafter
 from .prefill import PREFILL_STEP, Progress, prefill
 from .width import Widths
 
@@ -65,23 +65,27 @@ def decode(
     Args:
         drafter: guesses what follows; the tokens are the same without it.
         widths: how many tokens to draft, by default what costs least time.
-        cache: may hold the first tokens of `prompt` already, all but one at most. Afterwards, and
-            whenever the caller stops, it holds all tokens but the last.
+        cache: may hold the first tokens of `prompt` already, all but one at most, and none if the
+            drafter wants to hear of them. Afterwards, and whenever the caller stops, it holds all
+            tokens but the last.
         counts: incremented as work is launched.
     """
     cache = model.make_cache() if cache is None else cache
     counts, widths = counts or Counts(), widths or Widths()
     tokens, goal = list(prompt), min(len(prompt) + config.max_new_tokens, model.config.max_position_embeddings)
-    helper = Helper(drafter, model.config.vocab_size, counts)
+    guard = GuardedDrafter(drafter, model.config.vocab_size, counts)
+    if cache.length >= len(tokens) or (cache.length and guard.listens):
+        raise ValueError(f"the cache holds {cache.length} tokens of {len(tokens)}, which is too many to begin with")
     verifier = Verifier(model, cache, config, draws, tokens, counts)
-    context = DraftContext(TokensView(tokens), CacheReader(cache), model, verifier.choose)
-    widths.drafter, watch = helper.name, StepWatch()
+    context = DraftContext(TokensView(tokens), CacheReader(cache), model, verifier.sample)
+    widths.drafter, watch = guard.name, StepWatch()
 
-    def width(count: int) -> int:  # how many tokens to ask for behind `count` tokens; so many could be kept
-        return widths.ask(count, goal - count - 1) if helper.active else 0
+    def width(count: int) -> int:  # how many tokens to ask for behind `count` tokens
+        room = min(goal - count - 1, cache.slack)  # what could be kept, and what can be rolled back
+        return widths.ask(count, room) if guard.active else 0
 
-    listener = helper.extend if helper.active else None
-    prefill(model, tokens[:-1], cache, prefill_step, progress, counts=counts, taps=helper.taps, listener=listener)
+    listener = guard.extend if guard.listens else None
+    prefill(model, tokens[:-1], cache, prefill_step, progress, counts=counts, taps=guard.taps, listener=listener)
     ahead: Round | None = None
     try:
         while True:
@@ -89,15 +93,15 @@ def decode(
             if ahead is None:
                 # 1. draft
                 asked, before = width(count), counts.drafter_seconds
-                draft = helper.propose(context, asked)
+                draft = guard.propose(context, asked)
                 draft = draft.first(widths.verify(count, draft))
                 # 2. verify
-                current = verifier.launch(mx.array([tokens[-1], *draft.tokens]), helper.taps, draft)
+                current = verifier.launch(mx.array([tokens[-1], *draft.tokens]), guard.taps, draft)
             else:
                 current, asked = ahead, 0
             # where nothing will be drafted, the next pass is launched before this one's token is read
             goes_ahead = not current.draft.tokens and count + 1 < goal and not width(count + 1)
-            following = verifier.launch(current.samples, helper.taps) if goes_ahead else None
+            following = verifier.launch(current.samples, guard.taps) if goes_ahead else None
             # 3. accept
             samples = current.samples.tolist()
             accepted = agreement(current.draft.tokens, samples)
@@ -112,16 +116,18 @@ def decode(
             else:
                 widths.verified(count, asked, draft, accepted, counts.drafter_seconds - before, seconds)
             counts.accepted += accepted
-            for number, token in enumerate(emitted):
-                tokens.append(token)
-                is_last = number + 1 == len(emitted)
-                with watch.away():
-                    yield Token(token, number < accepted, reason if is_last else None, current.logprobs(number))
+            try:
+                for number, token in enumerate(emitted):
+                    tokens.append(token)
+                    is_last = number + 1 == len(emitted)
+                    with watch.away():
+                        yield Token(token, number < accepted, reason if is_last else None, current.logprobs(number))
+            finally:  # wherever the caller stops, also inside a block
+                guard.extend(tokens[count - 1 : -1], current.tapped)
             if reason is not None:
                 return
-            helper.extend(tokens[count - 1 : -1], current.tapped)
             ahead = following
-    finally:  # wherever the caller stops, also inside a block
+    finally:
         cache.rollback(max(0, cache.length - len(tokens) + 1))
 
 
@@ -180,6 +186,10 @@ class Verifier:
         draw = self._draws.next_token(first, len(logits))
         draw.add(shape(logits, self._config)[None], 0)
         return draw.ids[0]
+
+    def sample(self, logits: mx.array, first: int) -> mx.array:
+        """The same for logits of a drafter: with the bias, without the penalty, which looks at what is being drafted."""
+        return self.choose(process(logits, None, self._config), first)
 
     def scores(self, logits: mx.array, first: int) -> mx.array:
         """What `choose` takes the largest of, (L, V)."""

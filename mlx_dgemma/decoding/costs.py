@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from ..model import DiffusionGemma
 from ..version import __version__
 
+DRAFT = "draft "
 KEPT = 9  # latest samples of a pass; their median counts
 REFRESHED = 16  # samples after which medians are taken again
 LARGEST_PASS = 65  # positions: the widest draft and the token before it
@@ -79,7 +80,7 @@ class Costs:
 
 
 class CostTable:
-    """Samples by length of context and kind of pass: "plain", "verify", or the name of a drafter.
+    """Samples by length of context and kind of pass: "plain", "verify", or DRAFT and the name of a drafter.
 
     The first pass of each kind and size in a process compiles kernels, and does not count.
 
@@ -113,16 +114,16 @@ class CostTable:
         return self._known[where]
 
     def _costs(self, wanted: int, drafter: str) -> Costs:
-        buckets = {int(key.partition("/")[0]) for key in self._samples}
+        buckets = {_parts(key)[0] for key in self._samples}
         if not buckets:
             return Costs()
         nearest = min(buckets, key=lambda known: abs(known - wanted))
         values: dict[str, dict[int, float]] = {}
         for key, samples in self._samples.items():
-            where, kind, number = key.split("/")
-            if int(where) == nearest:
-                values.setdefault(kind, {})[int(number)] = median(samples)
-        return Costs(values.get("plain", {}).get(1), values.get("verify", {}), values.get(drafter, {}))
+            where, kind, number = _parts(key)
+            if where == nearest:
+                values.setdefault(kind, {})[number] = median(samples)
+        return Costs(values.get("plain", {}).get(1), values.get("verify", {}), values.get(DRAFT + drafter, {}))
 
     def add(self, context: int, kind: str, number: int, seconds: float) -> None:
         """A pass of `kind` over `number` positions (of a drafter: tokens) took `seconds`."""
@@ -169,12 +170,14 @@ def _read(path: Path | None) -> dict[str, list[float]]:
         stored = json.loads(path.read_text()) if path is not None else {}
         if stored.get("schema") != SCHEMA:
             return {}
-        return {_checked_key(key): [float(s) for s in samples] for key, samples in stored["samples"].items() if samples}
+        samples = {key: [float(value) for value in values] for key, values in stored["samples"].items() if values}
+        return {key: values for key, values in samples.items() if _parts(key)}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
 
 
-def _checked_key(key: str) -> str:
-    where, _, number = key.split("/")
-    int(where), int(number)
-    return key
+def _parts(key: str) -> tuple[int, str, int]:
+    """ "<bucket>/<kind>/<number>", taken apart."""
+    where, _, rest = key.partition("/")
+    kind, _, number = rest.rpartition("/")
+    return int(where), kind, int(number)

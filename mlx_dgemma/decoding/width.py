@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..drafter.protocol import Draft
-from .costs import Costs, CostTable
+from .costs import DRAFT, LARGEST_PASS, Costs, CostTable
 
 WIDEST = 16  # wider drafts only if asked for
 ALLOWANCE, RATE = 3.0, 0.02  # plain steps, plain steps per token
@@ -154,9 +154,11 @@ class Widths:
     """
 
     def __init__(self, table: CostTable | Costs | None = None, fixed: int | None = None):
+        if fixed is not None and not 0 <= fixed < LARGEST_PASS:
+            raise ValueError(f"the width must lie in 0-{LARGEST_PASS - 1}, not {fixed}")
         self._table, self._fixed = CostTable() if table is None else table, fixed
         self._history, self._is_confident, self._to_measure = History(), True, 0
-        self.drafter = ""  # its name in the table
+        self.drafter = ""  # its name
 
     def ask(self, context: int, room: int) -> int:
         """How many tokens to ask the drafter for behind `context` tokens, where `room` could be kept."""
@@ -188,7 +190,7 @@ class Widths:
         self._history = self._history.after_round(costs, asked, drafted, accepted, draft.confidences)
         self._table.add(context, "verify", drafted + 1, seconds)
         if asked:
-            self._table.add(context, self.drafter, asked, drafter_seconds)
+            self._table.add(context, DRAFT + self.drafter, asked, drafter_seconds)
             if not drafted and costs.plain is None:
                 self._to_measure = UNMEASURED_STEPS  # only then is it known what asking in vain costs
 

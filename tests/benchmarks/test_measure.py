@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.measure import Answer, paired_ratio, t_quantile
+from benchmarks.measure import Answer, Question, alternating, is_right, paired_ratio, t_quantile
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.7764), (9, 2.2622), (19, 2.0930), (99, 1.9842)])
@@ -45,3 +45,16 @@ def test_figures_of_an_answer():
     assert answer.ms_per_step == pytest.approx(200)
     assert answer.prefill_rate == pytest.approx(80)
     assert answer.forwards_per_token == 2
+
+
+def test_right_is_the_answer_without_its_eos(nano):
+    tokenizer = nano[1]
+    ids = tokenizer.encode("river stone", add_special_tokens=False)
+    question = Question([5], "river stone")
+    assert is_right(tokenizer, [*ids, 1], question, (1, 6)) and is_right(tokenizer, ids, question, (1, 6))
+    assert not is_right(tokenizer, [*ids, 1, 1], question, (1, 6))
+    assert not is_right(tokenizer, [*ids, 1], Question([5], "river stones"), (1, 6))
+
+
+def test_pairs_alternate():
+    assert [list(alternating("ab", number)) for number in range(3)] == [["a", "b"], ["b", "a"], ["a", "b"]]

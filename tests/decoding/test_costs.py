@@ -19,7 +19,7 @@ def filled(path=None) -> CostTable:
         table.add(100, "verify", number, seconds)
     for _ in range(2):
         table.add(100, "plain", 1, 0.008)
-        table.add(100, "Lookup", 16, 0.001)
+        table.add(100, "draft Lookup", 16, 0.001)
     return table
 
 
@@ -102,4 +102,4 @@ def test_the_loop_fills_the_table(tiny):
     text = prompt + [token.id for token in decode(tiny, prompt, config, draws, widths=Widths(table))]
     assert set(table._samples) == {"0/plain/1"}
     list(decode(tiny, prompt, config, draws, drafter=Oracle(text), widths=Widths(table, fixed=3)))
-    assert set(table._samples) >= {"0/plain/1", "0/verify/4", "0/Oracle/3"}
+    assert set(table._samples) >= {"0/plain/1", "0/verify/4", "0/draft Oracle/3"}

@@ -13,7 +13,7 @@ from ..model import Taps
 from .counts import Counts
 
 
-class Helper:
+class GuardedDrafter:
     """Asks a drafter and passes on what the loop can use.
 
     Whatever the drafter raises, or ids that are not in the vocabulary, turn it off for the rest of
@@ -29,6 +29,11 @@ class Helper:
                 drafter.reset()
 
     @property
+    def listens(self) -> bool:
+        """Whether it wants to be told of every token that is encoded."""
+        return callable(getattr(self._drafter, "extend", None))
+
+    @property
     def active(self) -> bool:
         return self._drafter is not None
 
@@ -42,7 +47,7 @@ class Helper:
 
     def extend(self, tokens: Sequence[int], tapped: Taps) -> None:
         """Tell it of tokens that are encoded for good, with the features of those positions."""
-        if hasattr(self._drafter, "extend"):
+        if self.listens:
             with self._watched("extend"):
                 features = tapped.features[:, : len(tokens)] if self.taps else None
                 self._drafter.extend(list(tokens), features)
@@ -57,9 +62,9 @@ class Helper:
         if draft.confidences is None:
             return Draft(tokens)
         confidences = [float(confidence) for confidence in draft.confidences[:width]]
-        if len(confidences) < len(tokens) or not all(map(math.isfinite, confidences)):
-            raise ValueError(f"{len(tokens)} tokens need as many finite confidences")
-        return Draft(tokens, confidences)
+        if len(confidences) < len(tokens) or any(map(math.isnan, confidences)):
+            raise ValueError(f"{len(tokens)} tokens need as many confidences in 0-1")
+        return Draft(tokens, [min(1.0, max(0.0, confidence)) for confidence in confidences])
 
     @contextmanager
     def _watched(self, call: str) -> Iterator[None]:
