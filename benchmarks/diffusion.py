@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_dgemma.command import run_command
 from mlx_dgemma.errors import UsageError
 
+from .measure import FEWEST_PAIRS, Answer, Ours, Question, alternating, environment, is_right, paired_ratio
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_dgemma.config import GenerationConfig
     from mlx_dgemma.model import DiffusionGemma
 
-    from .measure import Answer
-
-FEWEST_PAIRS = 5
 # name -> (what it is of an answer, decimals, whether a pair's ratio means something)
 QUANTITIES: dict[str, tuple[Callable[[Answer], float], int, bool]] = {
     "ms per denoising step": (lambda answer: answer.ms_per_step, 2, True),
@@ -45,14 +44,6 @@ class Engine(Protocol):
     name: str
 
     def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Answer: ...
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt's ids and the right answer; None if there is none."""
-
-    ids: list[int]
-    expected: str | None
 
 
 @dataclass(frozen=True)
@@ -108,21 +99,13 @@ def run_setting(engines: Sequence[Engine], setting: Setting, seed: int) -> list[
         engine.answer(setting.questions[0].ids, setting.config, seed)
     answers: list[list[Answer]] = [[] for _ in engines]
     for number, question in enumerate(tqdm(setting.questions, desc=setting.name, unit="pair")):
-        order = range(len(engines)) if number % 2 == 0 else reversed(range(len(engines)))
-        for index in order:
-            answers[index].append(engines[index].answer(question.ids, setting.config, seed + number))
+        for engine, column in alternating(list(zip(engines, answers, strict=True)), number):
+            column.append(engine.answer(question.ids, setting.config, seed + number))
     return answers
-
-
-def is_right(tokenizer: TokenizerWrapper, answer: Answer, question: Question, eos: Sequence[int]) -> bool:
-    ids = answer.tokens[:-1] if answer.tokens[-1] in eos else answer.tokens
-    return tokenizer.decode(ids) == question.expected
 
 
 def summary(setting: Setting, answers: list[list[Answer]], tokenizer: TokenizerWrapper) -> dict[str, dict[str, Any]]:
     """quantity -> {"means": one per engine, "ratio": of the first two, where pairs can be compared}."""
-    from .measure import paired_ratio
-
     rows: dict[str, dict[str, Any]] = {}
     for name in setting.quantities:
         of, _, is_paired = QUANTITIES[name]
@@ -133,7 +116,10 @@ def summary(setting: Setting, answers: list[list[Answer]], tokenizer: TokenizerW
     if setting.questions[0].expected is not None:
         eos = setting.config.eos_token_ids
         right = [
-            [is_right(tokenizer, *pair, eos) for pair in zip(column, setting.questions, strict=True)]
+            [
+                is_right(tokenizer, answer.tokens, question, eos)
+                for answer, question in zip(column, setting.questions, strict=True)
+            ]
             for column in answers
         ]
         rows["exact answers, %"] = {"means": [100 * statistics.fmean(column) for column in right]}
@@ -153,21 +139,6 @@ def table(setting: Setting, names: Sequence[str], rows: dict[str, dict[str, Any]
     return "\n".join(lines)
 
 
-def environment(args: argparse.Namespace, model: DiffusionGemma) -> dict[str, Any]:
-    """What the figures depend on."""
-    import mlx.core as mx
-
-    return {
-        "model": args.model,
-        "mlx": mx.__version__,
-        "device": f"{mx.default_device().type.name}, {mx.device_info().get('device_name', 'unknown')}",
-        "dtype": str(model.dtype).removeprefix("mlx.core."),
-        "canvas_length": model.config.canvas_length,
-        "sampler": "entropy-bound",
-        "seeds": f"{args.seed} to {args.seed + args.pairs - 1}, one a pair",
-    }
-
-
 def _options(config: GenerationConfig) -> str:
     names = "max_denoising_steps entropy_bound t_min t_max stability_threshold confidence_threshold".split()
     return ", ".join(f"{name} {getattr(config, name)}" for name in names)
@@ -181,7 +152,6 @@ def _command(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     from mlx_dgemma.loading import load, resolve
 
-    from .measure import Ours
     from .vlm import MlxVlm, installed_version
 
     if not args.no_mlx_vlm:
@@ -192,7 +162,13 @@ def _command(args: argparse.Namespace) -> None:
     if not args.no_mlx_vlm:
         engines.append(MlxVlm(folder, model.config, model.dtype))
     names = [engine.name for engine in engines]
-    result = environment(args, model) | {"engines": names, "settings": {}}
+    result = environment(args.model, model) | {
+        "canvas_length": model.config.canvas_length,
+        "sampler": "entropy-bound",
+        "seeds": f"{args.seed} to {args.seed + args.pairs - 1}, one a pair",
+        "engines": names,
+        "settings": {},
+    }
     print("\n".join(f"{key}: {value}" for key, value in result.items() if key not in ("engines", "settings")))
     for setting in settings(model, tokenizer, args):
         answers = run_setting(engines, setting, args.seed)

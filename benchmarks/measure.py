@@ -1,12 +1,14 @@
-"""What benchmarks share: one measured answer, our side of a comparison, and intervals of ratios."""
+"""What benchmarks share: questions, one measured answer, our side of a comparison, and intervals of ratios."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_reduce
@@ -17,6 +19,47 @@ from mlx_dgemma.decoding.counts import Counts
 from mlx_dgemma.decoding.diffusion import Block, decode
 from mlx_dgemma.draws import Draws
 from mlx_dgemma.model import DiffusionGemma
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+FEWEST_PAIRS = 5  # fewer give no interval
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt's ids and the right answer; None if there is none."""
+
+    ids: list[int]
+    expected: str | None
+
+
+def is_right(tokenizer: TokenizerWrapper, tokens: Sequence[int], question: Question, eos: Sequence[int]) -> bool:
+    ids = tokens[:-1] if tokens[-1] in eos else tokens
+    return tokenizer.decode(list(ids)) == question.expected
+
+
+def environment(name: str, model: DiffusionGemma) -> dict[str, str]:
+    """What the figures of the model that was given as `name` depend on."""
+    return {
+        "model": name,
+        "mlx_dgemma": __version__,
+        "mlx": mx.__version__,
+        "device": f"{mx.default_device().type.name}, {mx.device_info().get('device_name', 'unknown')}",
+        "dtype": str(model.dtype).removeprefix("mlx.core."),
+    }
+
+
+def alternating(items: Sequence[T], number: int) -> Sequence[T]:
+    """The order in which pair `number` runs `items`: forwards and backwards in turn."""
+    return items if number % 2 == 0 else items[::-1]
+
+
+def spare_compiler() -> None:
+    """mlx-lm and mlx-vlm compile elementwise functions, which on a CPU takes g++: do without it if there is none."""
+    if mx.default_device() == mx.cpu and shutil.which("g++") is None:
+        mx.disable_compile()
 
 
 @dataclass(frozen=True, kw_only=True)

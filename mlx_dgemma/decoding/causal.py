@@ -188,7 +188,7 @@ class Verifier:
         return draw.ids[0]
 
     def sample(self, logits: mx.array, first: int) -> mx.array:
-        """The same for logits of a drafter: with the bias, without the penalty, which looks at what is being drafted."""
+        """The same for a drafter's logits: with the bias, without the penalty, which looks at what is being drafted."""
         return self.choose(process(logits, None, self._config), first)
 
     def scores(self, logits: mx.array, first: int) -> mx.array:

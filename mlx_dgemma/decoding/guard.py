@@ -62,8 +62,8 @@ class GuardedDrafter:
         if draft.confidences is None:
             return Draft(tokens)
         confidences = [float(confidence) for confidence in draft.confidences[:width]]
-        if len(confidences) < len(tokens) or any(map(math.isnan, confidences)):
-            raise ValueError(f"{len(tokens)} tokens need as many confidences in 0-1")
+        if len(confidences) < len(tokens) or not all(map(math.isfinite, confidences)):
+            raise ValueError(f"{len(tokens)} tokens need as many finite confidences")
         return Draft(tokens, [min(1.0, max(0.0, confidence)) for confidence in confidences])
 
     @contextmanager
