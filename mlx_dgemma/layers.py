@@ -30,9 +30,9 @@ def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 @fused
 def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu_tanh(gate) * up."""
-    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
-    return 0.5 * gate * (1 + mx.tanh(inner)) * up
+    """gelu_tanh(gate) * up, with 0.5 * (1 + tanh(u)) as sigmoid(2 u): fewer operations, fewer roundings."""
+    double = math.sqrt(8 / math.pi)
+    return gate * mx.sigmoid(gate * (double + double * 0.044715 * (gate * gate))) * up
 
 
 class RMSNorm(nn.Module):
@@ -179,10 +179,9 @@ class Router(nn.Module):
 
     def __call__(self, residual: mx.array) -> tuple[mx.array, mx.array]:
         scores = self.proj(self._norm(residual) * self.scale * self._root)
-        shares = mx.softmax(scores.astype(mx.float32), axis=-1)
-        ids = mx.argpartition(-shares, kth=self.top_k - 1, axis=-1)[..., : self.top_k]
-        weights = mx.take_along_axis(shares, ids, axis=-1)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        ids = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        # softmax over the chosen ones: that over all, renormalised
+        weights = mx.softmax(mx.take_along_axis(scores, ids, axis=-1).astype(mx.float32), axis=-1)
         return weights * self.per_expert_scale[ids], ids
 
 
