@@ -32,7 +32,14 @@ def make(drafter: str | Drafter | None, model: DiffusionGemma) -> Drafter | None
         module, factory, _ = DRAFTERS[name]
         return getattr(import_module(module, __name__), factory)(model, argument)
     check_object(drafter, len(model.layers))
-    return drafter.fresh() if callable(getattr(drafter, "fresh", None)) else drafter
+    if not callable(getattr(drafter, "fresh", None)):
+        return drafter
+    try:
+        fresh = drafter.fresh()
+    except Exception as error:
+        raise UsageError(f"drafter {drafter!r:.80}: fresh() raised {type(error).__name__}: {error}") from None
+    check_object(fresh, len(model.layers))
+    return fresh
 
 
 def check_name(drafter: str) -> tuple[str, str | None]:
@@ -48,6 +55,8 @@ def check_name(drafter: str) -> tuple[str, str | None]:
 
 def check_object(drafter: object, layers: int) -> None:
     """Raise UsageError for an object that lacks what `Drafter` asks for."""
+    if isinstance(drafter, type):
+        raise UsageError(f"drafter {drafter!r:.80} is a class; give an object of it")
     for method in ("reset", "propose"):
         if not callable(getattr(drafter, method, None)):
             raise UsageError(f"drafter {drafter!r:.80} has no method {method}(); see mlx_dgemma.drafter.Drafter")

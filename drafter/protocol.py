@@ -53,6 +53,8 @@ class DraftContext:
 class Drafter(Protocol):
     """One object serves one request at a time; `fresh()`, if there is one, gives another that shares the weights.
 
+    What it costs is remembered under its `name`, if it has one, or that of its class.
+
     A drafter may also have `extend(tokens, features)`: told of every token once it is encoded, in
     order, the prompt's chunk by chunk, rejected drafts never; `features` (1, L, n * H) are the
     outputs of the `taps` layers there, None without taps. All calls together cover tokens[:-1].

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .config import ModelConfig
+from .options import WIDEST_DRAFT
 
-SLACK = 64  # tokens that can be rolled back, unless another number is asked for
+SLACK = WIDEST_DRAFT  # tokens that can be rolled back, unless another number is asked for
 GROWTH = 256  # rows by which a buffer grows at least, as in mlx_lm
 
 
@@ -56,10 +57,11 @@ class PrefixCache:
         """Forget the last `count` tokens. Raises ValueError if rows needed then are gone."""
         if not 0 <= count <= self.length:
             raise ValueError(f"cannot roll back {count} of {self.length} tokens")
-        if any(not layer.can_roll_back(count) for layer in self.layers):
+        after = self.length - count
+        if any(not layer.can_return_to(after) for layer in self.layers):
             raise ValueError(f"cannot roll back {count} tokens: sliding layers keep {self.slack} beyond their window")
-        for layer in self.layers:
-            layer.end -= count
+        for layer in self.layers:  # to the same length, also where a pass was interrupted between two layers
+            layer.end = after
 
     def snapshot(self) -> Snapshot:
         """The present state, to `restore` later; unaffected by what happens to this cache."""
@@ -128,9 +130,8 @@ class LayerRows:
         """Rows of the prefix that the next position may see."""
         return self.end if self.window is None else min(self.window, self.end)
 
-    def can_roll_back(self, count: int) -> bool:
-        after = self.end - count
-        needed = 0 if self.window is None else max(0, after - self.window)
+    def can_return_to(self, end: int) -> bool:
+        needed = 0 if self.window is None else max(0, end - self.window)
         return self.start <= needed
 
     def state(self) -> tuple[int, mx.array | None, mx.array | None]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,8 +22,9 @@ from .errors import InputError
 INDEX = "model.safetensors.index.json"
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
-_BYTES = {"I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEM_BYTES = {"I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 def module_name(name: str) -> str:
@@ -44,6 +46,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     shard: Path
+    offset: int  # of its first byte in the shard
 
     @property
     def size(self) -> int:
@@ -51,7 +54,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return self.size * _BYTES[self.dtype]
+        return self.size * ITEM_BYTES[self.dtype]
 
 
 class Checkpoint:
@@ -100,26 +103,40 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path, index: Path | None = None) -> list[TensorInfo]:
-    """The tensors of a safetensors file. Raises InputError if the file is not whole."""
+    """The tensors of a safetensors file, in the order of their bytes. Raises InputError if the file is not whole."""
     try:
         total = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > total:
-                raise ValueError(f"its header of {length} bytes is longer than the file")
+            if length > min(total, MAX_HEADER):
+                raise ValueError(f"its header of {length} bytes is longer than the file or the format allows")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = [TensorInfo(name, e["dtype"], tuple(e["shape"]), path) for name, e in header.items()]
-        for info in infos:
-            first, last = header[info.name]["data_offsets"]
-            if info.dtype not in _BYTES or last - first != info.nbytes:
-                raise ValueError(f"{info.name}: {info.dtype} of shape {info.shape} is not what is stored")
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        infos = _in_order(path, header, 8 + length)
     except FileNotFoundError:
         named = f", which {index.name} names" if index else ""
         raise InputError(f"{path}: no such shard{named}; download the checkpoint again") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not a safetensors file ({error}); download it again") from None
+    end = infos[-1].offset + infos[-1].nbytes if infos else 8 + length
     if end != total:
         raise InputError(f"{path}: {total} bytes long, its header says {end}; download it again")
+    return infos
+
+
+def _in_order(path: Path, header: dict[str, Any], start: int) -> list[TensorInfo]:
+    """The entries of a header, which must fill the file from byte `start` on without a hole or an overlap."""
+    infos = []
+    end = start
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, start + first)
+        if any(type(number) is not int or number < 0 for number in (first, last, *info.shape)):
+            raise ValueError(f"{name}: shape {info.shape} at {first} to {last} are not whole numbers")
+        if info.dtype not in ITEM_BYTES or last - first != info.nbytes:
+            raise ValueError(f"{name}: {info.dtype} of shape {info.shape} is not what is stored")
+        if info.offset != end:
+            raise ValueError(f"{name}: starts at byte {info.offset}, the tensor before it ends at {end}")
+        infos.append(info)
+        end += info.nbytes
     return infos

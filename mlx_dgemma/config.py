@@ -19,6 +19,7 @@ from .errors import InputError, UsageError
 SLIDING, FULL = "sliding_attention", "full_attention"
 MODEL_TYPE = "diffusion_gemma"
 LEAST_TEMPERATURE = 1e-6
+LARGEST_BIAS = 1e30  # float32 holds the sum
 
 DEFAULT_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -242,6 +243,8 @@ class GenerationConfig:
             raise InputError(f"{where}: sampler {sampler['_cls_name']!r} is not supported")
         if sampler.get("entropy_bound") is not None:
             values["entropy_bound"] = sampler["entropy_bound"]
+        if raw.get("do_sample") is False:
+            values["temperature"] = 0.0
         if raw.get("eos_token_id") is not None:
             values["eos_token_ids"] = as_ids(raw["eos_token_id"], "eos_token_id", where)
         if raw.get("pad_token_id") is not None:
@@ -294,8 +297,8 @@ def _check_bias(bias: Any) -> None:
     for token, value in bias.items():
         if type(token) is not int or token < 0:
             raise UsageError(f"logit_bias must have token ids as keys, not {token!r}")
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            raise UsageError(f"logit_bias of id {token} must be a finite number, not {value!r}")
+        if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) < LARGEST_BIAS:
+            raise UsageError(f"logit_bias of id {token} must be a number of less than {LARGEST_BIAS:g}, not {value!r}")
 
 
 def _require(config: GenerationConfig, name: str, holds: bool, otherwise: str) -> None:

@@ -30,15 +30,15 @@ def process(logits: mx.array, seen: mx.array | None, config: GenerationConfig) -
 
 
 def recent(known: Sequence[int], block: mx.array, config: GenerationConfig) -> mx.array | None:
-    """The ids that the penalty of each row looks at, (L, repetition_context_size); None without a penalty.
+    """The ids that the penalty of each row looks at, (L, at most repetition_context_size); None without a penalty.
 
     Args:
         known: all tokens before `block`.
         block: (L,) ids; row i sees the known ones and block[: i + 1].
     """
-    size = config.repetition_context_size
     if config.repetition_penalty == 1:
         return None
+    size = min(config.repetition_context_size, len(known) + block.size)
     ids = mx.concatenate([mx.array(list(known[-size:]), dtype=mx.int32), block.astype(mx.int32)])
     ends = mx.arange(ids.size - block.size, ids.size)[:, None]
     return ids[mx.maximum(ends - mx.arange(size), 0)]  # the first id again where there are fewer

@@ -16,6 +16,7 @@ from .config import GenerationConfig
 from .drafter import check_name
 from .errors import InputError, UsageError
 from .options import MODES, OF_THE_LOOP, check_bias, check_limits, check_options, sampler_options
+from .prompt import check_text
 from .response import Answer, GenerationResponse
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def stream_generate(
     stop = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
         raise UsageError(f"stop must be a string or a list of strings, not {stop!r:.80}")
-    require_room(model, len(ids) + config.max_new_tokens)
+    require_room(model, min(len(ids) + config.max_new_tokens, model.config.max_position_embeddings))
     draws = Draws([seed], model.config.vocab_size) if draws is None else draws
     answer = Answer(tokenizer, stop, len(ids), mode, prompt_progress_callback)
     inputs = {"prompt": ids, "config": config, "draws": draws, "prefill_step": step}
@@ -220,7 +221,7 @@ def json_object(text: str) -> dict[int, Any]:
     """{"id": number} from a command line."""
     try:
         return {int(key): value for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise argparse.ArgumentTypeError(f"must be a JSON object of ids and numbers, not {text!r}") from None
 
 
@@ -264,11 +265,11 @@ def _prompt(args: argparse.Namespace) -> Prompt:
         raise UsageError("--ignore-chat-template leaves no place for --system-prompt or --enable-thinking")
     try:
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        prompt.encode()  # bytes that are no text may have been let through
     except UnicodeError as error:
         raise InputError(f"the prompt is not text ({error})") from None
     if not prompt.strip():
         raise UsageError("--prompt is empty; give it some text")
+    check_text(prompt)
     if args.system_prompt:
         return [{"role": "system", "content": args.system_prompt}, {"role": "user", "content": prompt}]
     return prompt

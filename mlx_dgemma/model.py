@@ -114,7 +114,17 @@ class DiffusionGemma(nn.Module):
 
         Returns:
             (B, L, H) after the final norm; `logits` of it are next-token logits.
+
+        An exception, Ctrl-C too, leaves the cache as it was.
         """
+        length = cache.length
+        try:
+            return self._encode(ids, cache, taps)
+        except BaseException:
+            cache.rollback(cache.length - length)
+            raise
+
+    def _encode(self, ids: mx.array, cache: PrefixCache, taps: Taps | None) -> mx.array:
         run = Pass(cache, self.config.sliding_window, ids.shape[1], causal=True)
         hidden = self.embed(ids)
         scalars = self.model.encoder.language_model.layers

@@ -41,13 +41,13 @@ def sampler_options(mode: str) -> tuple[str, ...]:
 
 def check_options(mode: str, options: dict[str, Any]) -> None:
     """Raise UsageError for a mode or option that does not exist, or an option of the other mode."""
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise UsageError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     for name, value in options.items():
         owner = next((other for other, names in MODES.items() if name in names), None)
         if owner is None:
             raise UsageError(f"{name} is not an option; {mode} has {', '.join(MODES[mode])}")
-        if owner != mode and value not in (None, False):
+        if owner != mode and value is not None and value is not False:
             raise UsageError(f"{name} is an option of {owner} mode; {mode} has {', '.join(MODES[mode])}")
 
 

@@ -28,8 +28,7 @@ def encode_prompt(
         InputError: an empty prompt, messages of a wrong form, an image.
     """
     if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InputError("the prompt is empty; give it some text")
+        check_text(prompt)
         if not chat_template or not tokenizer.has_chat_template:
             return list(tokenizer.encode(prompt))
         prompt = [{"role": "user", "content": prompt}]
@@ -46,14 +45,23 @@ def encode_prompt(
         raise InputError("the prompt must be a string, a list of token ids, or a list of chat messages") from None
 
 
+def check_text(prompt: str) -> None:
+    """Raise InputError for a prompt that says nothing, or is no text (bytes that a shell let through)."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give it some text")
+    try:
+        prompt.encode()
+    except UnicodeError as error:
+        raise InputError(f"the prompt is not text ({error})") from None
+
+
 def _encode_messages(
     tokenizer: TokenizerWrapper, messages: list[Mapping[str, Any]], enable_thinking: bool
 ) -> list[int]:
     if not tokenizer.has_chat_template:
         raise InputError("this tokenizer has no chat template; give the prompt as a string or as token ids")
     messages = [{**message, "content": _text_of(number, message)} for number, message in enumerate(messages)]
-    if not any(message["content"].strip() for message in messages):
-        raise InputError("the prompt is empty; give the messages some text")
+    check_text("".join(message["content"] for message in messages))
     try:
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=enable_thinking, return_dict=False

@@ -63,11 +63,13 @@ def statistics(last: GenerationResponse) -> str:
         f"Forwards: {forwards} ({last.denoise_forwards} denoise + {last.encode_forwards} encode), "
         f"{forwards / tokens:.3f} per token, over {last.positions_computed} positions",
     ]
-    if last.draft_rounds or last.drafter_seconds:
+    if last.draft_rounds:
         lines.append(
             f"Drafts: {last.accepted_tokens} of {last.drafted_tokens} tokens accepted in {last.draft_rounds} rounds, "
             f"{last.accepted_tokens / max(1, last.draft_rounds):.2f} a round; drafter {last.drafter_seconds:.3f} s"
         )
+    elif last.drafter_seconds:
+        lines.append(f"Drafts: none that was worth verifying; drafter {last.drafter_seconds:.3f} s")
     if last.surplus_tokens:
         lines.append(f"Drafts: {last.surplus_tokens} tokens beyond the width asked for were ignored")
     if last.drafter_failure:
@@ -116,6 +118,8 @@ class Answer:
 
     def final(self, tokens: Sequence[int], reason: str | None, **fields: Any) -> GenerationResponse:
         """Ids that are final, and why they are the last ones (None: they are not)."""
+        if self._mode == "ar" and not self._generated:  # the prompt's last token is encoded with the first round
+            self._prefilled = time.perf_counter()
         piece = self._transcript.add(tokens)
         text, reasoning = piece.text, piece.reasoning
         if self.stopped:

@@ -101,7 +101,7 @@ class _Section:
     def _forget(self) -> None:
         """Drop ids that are read, once there are enough behind them."""
         if self._read >= CONTEXT and len(self._ids) > self._read:
-            self._ids = self._ids[self._read :]
+            self._ids, self._read = self._ids[self._read :], 0
             self._given = len(self._tokenizer.decode(self._ids))
         if len(self._ids) >= CONTEXT:
             self._read = len(self._ids)

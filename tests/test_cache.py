@@ -47,7 +47,7 @@ def test_slack_can_always_be_rolled_back(length, count):
         layer = LayerRows(WINDOW, WINDOW + SLACK)
         for first in range(0, length, chunk):
             layer.extend(rows(first, chunk), rows(first, chunk))
-        assert layer.can_roll_back(count)
+        assert layer.can_return_to(length - count)
         layer.end -= count
         keys, _ = layer.extend(rows(length - count, 2), rows(length - count, 2))
         after = length - count
@@ -114,4 +114,24 @@ def test_a_canvas_leaves_the_cache_as_it_was(tiny):
     cache.rollback(2)
     tiny.denoise_hidden(mx.arange(12)[None], cache)
     assert cache.length == prompt.shape[1]
+    assert mx.array_equal(tiny.encode(following, cache), expected)
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_an_interrupted_pass_leaves_the_cache_as_it_was(tiny, monkeypatch, length):
+    """Ctrl-C between two layers: some have the new rows, some do not."""
+    cache = tiny.make_cache()
+    tiny.encode(mx.arange(2, 2 + length)[None], cache)
+    following = mx.array([[11, 12]])
+    expected = tiny.encode(following, cache)
+    cache.rollback(2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tiny.layers[1].mlp), "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.encode(mx.array([[5, 6, 7]]), cache)
+    assert {layer.end for layer in cache.layers} == {length}
     assert mx.array_equal(tiny.encode(following, cache), expected)

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_dgemma import GenerationResponse, InputError, UsageError, generate, load, stream_generate
 from mlx_dgemma.drafter import Draft
+from mlx_dgemma.drafter.lookup import Lookup
 from mlx_dgemma.response import statistics
 from tests.helpers import write_checkpoint
 
@@ -141,6 +142,23 @@ def test_ar_thinks_apart(nano):
     assert "".join(r.text for r in responses).isdigit()
 
 
+def test_counts_end_with_the_answer(nano):
+    """A stop string in the middle of a block: what came after it was verified, not accepted."""
+    options = {"mode": "ar", "temperature": 0.0, "drafter": "lookup", "draft_width": 16, "stop": "Bob"}
+    responses = list(stream_generate(*nano, EDIT, **options))
+    assert responses[-1].accepted_tokens == sum(r.from_draft for r in responses)
+    assert responses[-1].generation_tokens == len(responses)
+
+
+def test_a_penalty_that_looks_back_far_beyond_the_text(nano):
+    far = generate(*nano, ASK, mode="ar", temperature=0.0, repetition_penalty=1.01, repetition_context_size=10**10)
+    assert far == generate(*nano, ASK, mode="ar", temperature=0.0, repetition_penalty=1.01, repetition_context_size=99)
+
+
+def test_max_tokens_beyond_the_context_needs_no_memory_that_is_never_used(nano):
+    assert generate(*nano, ASK, mode="ar", temperature=0.0, max_tokens=10**9) == ANSWER
+
+
 def test_ar_seeds_and_sampling_options(tmp_path):
     """On a random model, which is unsure of everything."""
     model, tokenizer = load(write_checkpoint(tmp_path))
@@ -212,13 +230,19 @@ def test_a_drafter_of_ones_own_that_fails_is_reported(nano):
         ({"temperature": 0.5}, UsageError, "option of ar mode"),
         ({"drafter": "lookup"}, UsageError, "drafter is an option of ar mode"),
         ({"draft_width": 4}, UsageError, "draft_width is an option of ar mode"),
+        ({"temperature": 0.0, "top_k": 0}, UsageError, "temperature is an option of ar mode"),
+        ({"mode": ["ar"]}, UsageError, "mode must be one of"),
         ({"mode": "ar", "t_min": 0.2}, UsageError, "t_min is an option of diffusion mode"),
+        ({"mode": "ar", "t_min": 0}, UsageError, "t_min is an option of diffusion mode"),
         ({"mode": "ar", "drafts": True}, UsageError, "drafts is an option of diffusion mode"),
         ({"mode": "ar", "drafter": "magic"}, UsageError, "'magic' does not exist; there are lookup"),
         ({"mode": "ar", "drafter": "lookup", "draft_width": -1}, UsageError, "draft_width .* 0-64, not -1"),
         ({"mode": "ar", "drafter": "lookup", "draft_width": 65}, UsageError, "draft_width .* 0-64, not 65"),
         ({"mode": "ar", "draft_width": 4}, UsageError, "draft_width needs a drafter"),
         ({"mode": "ar", "drafter": object()}, UsageError, r"no method reset\(\)"),
+        ({"mode": "ar", "drafter": Lookup}, UsageError, "is a class"),
+        ({"mode": "ar", "drafter": ""}, UsageError, "there are lookup"),
+        ({"mode": "ar", "drafter": 7}, UsageError, r"no method reset\(\)"),
         ({"mode": "ar", "temperature": -0.1}, UsageError, "temperature must not be negative"),
         ({"mode": "ar", "temperature": 1e-9}, UsageError, "temperature"),
         ({"mode": "ar", "top_p": 0}, UsageError, "top_p"),
@@ -231,6 +255,9 @@ def test_a_drafter_of_ones_own_that_fails_is_reported(nano):
         ({"mode": "ar", "logit_bias": {-1: 1.0}}, UsageError, "logit_bias"),
         ({"mode": "ar", "logit_bias": {5: "x"}}, UsageError, "logit_bias of id 5"),
         ({"mode": "ar", "logit_bias": [5]}, UsageError, "logit_bias"),
+        ({"mode": "ar", "logit_bias": {5: 1e39}}, UsageError, "logit_bias of id 5"),
+        ({"mode": "ar", "logit_bias": {5: float("nan")}}, UsageError, "logit_bias of id 5"),
+        ({"prompt": "\udcff"}, InputError, "not text"),
         ({"mode": "ar", "prompt": [7] * 8192}, InputError, "8192 tokens"),
         ({"warmth": 1}, UsageError, "warmth is not an option"),
         ({"mode": "magic"}, UsageError, "magic"),

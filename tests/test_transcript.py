@@ -1,6 +1,7 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from mlx_dgemma.transcript import Transcript
 
@@ -61,6 +62,35 @@ def test_pieces_add_up_to_the_text_decoded_whole(nano, sizes):
         transcript = Transcript(tokenizer)
         pieces = [transcript.add(ids[first : first + sizes]).text for first in range(0, len(ids), sizes)]
         assert "".join([*pieces, transcript.finish().text]) == tokenizer.decode(ids)
+
+
+class Bytes:
+    """A tokenizer as Gemma's: pieces with a mark for the space, and bytes for what has no piece."""
+
+    all_special_ids: tuple = ()
+    has_thinking = False
+
+    def __init__(self) -> None:
+        pieces = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581": 256, "\u2581the": 257, "ing": 258}
+        self._tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True))
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        self._tokenizer.decoder = decoders.Sequence(steps)
+
+    def decode(self, ids) -> str:
+        return self._tokenizer.decode(list(ids))
+
+
+def test_characters_that_are_bytes_come_whole_wherever_they_stand():
+    tokenizer, parts = Bytes(), ["é", "漢", "😀", ".", "\n", " the", "ing", "ß"]
+    own = {" the": [257], "ing": [258]}
+    for seed in range(300):
+        chosen = random.Random(seed).choices(parts, k=30)
+        ids = [token for part in chosen for token in own.get(part, part.encode())]
+        assert tokenizer.decode(ids) == "".join(chosen)
+        transcript = Transcript(tokenizer)
+        pieces = [transcript.add([token]).text for token in ids]
+        assert "\ufffd" not in "".join(pieces)
+        assert "".join([*pieces, transcript.finish().text]) == "".join(chosen)
 
 
 def test_a_token_costs_the_same_at_the_end_of_a_long_text(nano, monkeypatch):

@@ -87,12 +87,13 @@ def decode(
     listener = guard.extend if guard.listens else None
     prefill(model, tokens[:-1], cache, prefill_step, progress, counts=counts, taps=guard.taps, listener=listener)
     ahead: Round | None = None
+    charged = counts.drafter_seconds
     try:
         while True:
             count = len(tokens)
             if ahead is None:
                 # 1. draft
-                asked, before = width(count), counts.drafter_seconds
+                asked = width(count)
                 draft = guard.propose(context, asked)
                 draft = draft.first(widths.verify(count, draft))
                 # 2. verify
@@ -114,11 +115,12 @@ def decode(
             if current is ahead:
                 widths.stepped(count, seconds)
             else:
-                widths.verified(count, asked, draft, accepted, counts.drafter_seconds - before, seconds)
-            counts.accepted += accepted
+                widths.verified(count, asked, draft, accepted, counts.drafter_seconds - charged, seconds)
+                charged = counts.drafter_seconds
             try:
                 for number, token in enumerate(emitted):
                     tokens.append(token)
+                    counts.accepted += number < accepted
                     is_last = number + 1 == len(emitted)
                     with watch.away():
                         yield Token(token, number < accepted, reason if is_last else None, current.logprobs(number))
@@ -190,13 +192,6 @@ class Verifier:
     def sample(self, logits: mx.array, first: int) -> mx.array:
         """The same for a drafter's logits: with the bias, without the penalty, which looks at what is being drafted."""
         return self.choose(process(logits, None, self._config), first)
-
-    def scores(self, logits: mx.array, first: int) -> mx.array:
-        """What `choose` takes the largest of, (L, V)."""
-        if self._config.temperature == 0:
-            return logits
-        noise = self._draws.next_token(first, len(logits)).noise(0, logits.shape[-1])[0]
-        return shape(logits, self._config) + noise
 
 
 class StepWatch:

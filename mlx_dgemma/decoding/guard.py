@@ -22,7 +22,7 @@ class GuardedDrafter:
 
     def __init__(self, drafter: Drafter | None, vocab_size: int, counts: Counts):
         self._drafter, self._vocab_size, self._counts = drafter, vocab_size, counts
-        self.name = type(drafter).__name__
+        self.name = str(getattr(drafter, "name", type(drafter).__name__))
         self.taps: tuple[int, ...] = tuple(drafter.taps) if drafter is not None else ()
         if drafter is not None:
             with self._watched("reset"):

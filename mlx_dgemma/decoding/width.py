@@ -9,7 +9,8 @@ from costing more than a few per cent of plain decoding:
 
     budget  a round is run only if, should all its drafts be wrong, the time spent so far stays
             within ALLOWANCE + RATE * tokens plain steps of what plain decoding would have taken
-    probes  where drafting does not pay, plain steps, and a draft after 2, 4, 8, ... tokens
+    probes  where drafting does not pay, plain steps, and a draft after 2, 4, 8, ... tokens; where
+            the drafter has nothing to say, and asking costs something, it is asked as rarely
 
 Functions of their arguments alone, so that any machine's choices can be tested on any other.
 """
@@ -24,6 +25,9 @@ from .costs import DRAFT, LARGEST_PASS, Costs, CostTable
 
 WIDEST = 16  # wider drafts only if asked for
 ALLOWANCE, RATE = 3.0, 0.02  # plain steps, plain steps per token
+RESERVE = 1.5  # plain steps of the allowance that asking in vain leaves for drafts
+ASKING = 0.01  # plain steps per token that asking in vain may come to
+SLOWEST = 4.0  # a round is charged at most so many times what it should have taken
 PRIOR, PRIOR_WEIGHT = 0.75, 2.0  # acceptance that is expected at first, and the trials it is worth
 FORGETTING, AGEING = 0.95, 0.98  # what a trial still weighs after the next one, after a plain step
 LONGEST_WAIT = 128  # tokens between probes at most
@@ -41,6 +45,8 @@ class History:
     tokens: int = 0  # emitted
     failures: int = 0  # drafted rounds in a row after which drafting did not seem to pay
     waited: int = 0  # tokens since the last drafted round
+    empties: int = 0  # times in a row that asking led to no draft
+    unasked: int = 0  # tokens since the last asking
 
     @property
     def acceptance(self) -> float:
@@ -59,12 +65,24 @@ class History:
     def after_step(self) -> History:
         """A plain step, nothing asked. What is known of drafts grows old: texts change."""
         aged = {name: AGEING * getattr(self, name) for name in ("right", "wrong", "promised")}
-        return replace(self, **aged, tokens=self.tokens + 1, waited=self.waited + 1)
+        return replace(self, **aged, tokens=self.tokens + 1, waited=self.waited + 1, unasked=self.unasked + 1)
 
     def after_round(
-        self, costs: Costs, asked: int, drafted: int, accepted: int, confidences: Sequence[float] | None = None
+        self,
+        costs: Costs,
+        asked: int,
+        drafted: int,
+        accepted: int,
+        confidences: Sequence[float] | None = None,
+        seconds: float | None = None,
     ) -> History:
-        """A round for which `asked` tokens were asked, `drafted` verified and `accepted` kept."""
+        """A round for which `asked` tokens were asked, `drafted` verified and `accepted` kept.
+
+        Args:
+            seconds: what it took; None: what it should have taken.
+        """
+        expected = _spent(costs, asked, drafted)
+        spent = expected if seconds is None else min(seconds / costs.step(), SLOWEST * expected)
         right, wrong, promised = self.right, self.wrong, self.promised
         for i in range(min(accepted + 1, drafted)):
             believed = confidences[i] if confidences else self.acceptance
@@ -75,9 +93,11 @@ class History:
             right=right,
             wrong=wrong,
             promised=promised,
-            debt=self.debt + _spent(costs, asked, drafted) - (accepted + 1),
+            debt=self.debt + spent - (accepted + 1),
             tokens=self.tokens + accepted + 1,
             waited=0 if drafted else self.waited + 1,
+            empties=0 if drafted else self.empties + bool(asked),
+            unasked=0 if asked else self.unasked + 1,
         )
         if not drafted:
             return changed
@@ -95,8 +115,13 @@ def width_to_ask(costs: Costs, history: History, room: int, is_confident: bool =
     widest = min(room, WIDEST)
     if widest < 1 or (history.failures and not history.is_probe_due):
         return 0
-    width = widest if is_confident else best_width(costs, _chances(history, None, widest), 1)[0]
-    while width and not _affordable(costs, history, width, 0 if is_confident else width):
+    in_vain = _spent(costs, widest, 0) - 1
+    if history.unasked < min(2**history.empties - 1, in_vain / ASKING):
+        return 0
+    if is_confident:
+        return widest if history.debt + in_vain <= ALLOWANCE - RESERVE + RATE * history.tokens else 0
+    width = best_width(costs, _chances(history, None, widest), 1)[0]
+    while width and not _affordable(costs, history, width, width):
         width -= 1
     return width
 
@@ -187,12 +212,13 @@ class Widths:
     ) -> None:
         """A round in which `asked` tokens were asked for, `draft` verified, and `accepted` of it kept."""
         costs, drafted = self._costs(context), len(draft.tokens)
-        self._history = self._history.after_round(costs, asked, drafted, accepted, draft.confidences)
+        charged = drafter_seconds + seconds if costs.is_measured else None
+        self._history = self._history.after_round(costs, asked, drafted, accepted, draft.confidences, charged)
         self._table.add(context, "verify", drafted + 1, seconds)
         if asked:
             self._table.add(context, DRAFT + self.drafter, asked, drafter_seconds)
-            if not drafted and costs.plain is None:
-                self._to_measure = UNMEASURED_STEPS  # only then is it known what asking in vain costs
+        if asked and not accepted and costs.plain is None:
+            self._to_measure = UNMEASURED_STEPS  # what it is that has to be beaten
 
     def _costs(self, context: int) -> Costs:
         return self._table.at(context, self.drafter)

@@ -149,10 +149,9 @@ def _widths(args: argparse.Namespace) -> int:
     for temperature in args.temp:
         config = plain_options(model.generation_config, temperature, args.max_tokens)
         print(f"{args.model}, {str(model.dtype).removeprefix('mlx.core.')}, temperature {temperature:g}\n{HEAD}")
-        for width in args.widths:
-            (result,) = compare(model, ids, config, args.seed, [width])
+        for result in compare(model, ids, config, args.seed, args.widths):
             print(result.line(), flush=True)
-            faults += [] if result.passed else [f"{width} drafts at temperature {temperature:g}"]
+            faults += [] if result.passed else [f"{result.width} drafts at temperature {temperature:g}"]
         print()
     if faults:
         raise InputError(f"not the same tokens, and no rounding explains it: {'; '.join(faults)}")

@@ -8,7 +8,7 @@ fault, which no rounding explains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ from ..decoding.prefill import prefill
 from ..decoding.width import Widths
 from ..drafter.oracle import Oracle
 from ..draws import Draws
+from ..filters import shape
 from ..model import DiffusionGemma
 
 # how far the logits of a position may move with the width of the pass, by rounding alone
@@ -68,14 +69,15 @@ def plain_options(config: GenerationConfig, temperature: float, max_tokens: int)
 
 def compare(
     model: DiffusionGemma, prompt: Sequence[int], config: GenerationConfig, seed: int, widths: Sequence[int]
-) -> list[Comparison]:
+) -> Iterator[Comparison]:
     """Write an answer token by token, then with right drafts of every width in `widths`.
 
     After a flip, the comparison goes on behind the token that plain decoding chose.
     """
     draws = Draws([seed], model.config.vocab_size)
     expected = [token.id for token in decode(model, prompt, config, draws)]
-    return [_compare(model, list(prompt), expected, config, draws, width) for width in widths]
+    for width in widths:
+        yield _compare(model, list(prompt), expected, config, draws, width)
 
 
 def _compare(
@@ -108,6 +110,8 @@ def _flip(
     tokens, cache = prompt + expected[:number], model.make_cache()
     prefill(model, tokens[:-1], cache)
     verifier = Verifier(model, cache, config, draws, tokens, Counts())
-    scores = verifier.scores(verifier.launch(mx.array(tokens[-1:]), ()).logits, len(tokens))[0]
-    margin = (scores[expected[number]] - scores[got]).item() * (config.temperature or 1.0)
-    return Flip(number, expected[number], got, margin, margin <= 2 * NOISE[model.dtype])
+    scores = verifier.launch(mx.array(tokens[-1:]), ()).logits
+    if config.temperature:
+        scores = shape(scores, config) + draws.next_token(len(tokens), 1).noise(0, scores.shape[-1])[0]
+    margin = (scores[0, expected[number]] - scores[0, got]).item() * (config.temperature or 1.0)
+    return Flip(number, expected[number], got, margin, abs(margin) <= 2 * NOISE[model.dtype])

@@ -42,9 +42,22 @@ def test_the_first_pass_of_a_size_does_not_count_and_the_median_does():
     table = CostTable()
     table.add(0, "verify", 3, 99.0)
     assert table.at(0, "x").verified == {}
-    for seconds in [1.0, 50.0, 2.0]:
+    for seconds in [1.0, 3.5, 2.0]:
         table.add(0, "verify", 3, seconds)
     assert table.at(600, "other").verified == {3: 2.0}, "the nearest length that is known"
+
+
+def test_a_pass_during_which_the_machine_slept_does_not_count():
+    table = filled()
+    table.add(100, "verify", 9, 0.05)
+    table.add(100, "verify", 9, 5.0)
+    assert 9 not in table.at(100, "x").verified
+    table.add(100, "verify", 9, 0.05)
+    assert table.at(100, "x").verified[9] == 0.05
+    for _ in range(2):
+        table.add(100, "verify", 12, 5.0)
+    table.add(100, "verify", 12, 5.0)
+    assert table.at(100, "x").verified[12] == 5.0, "twice in a row is what it takes here"
 
 
 def test_old_samples_make_room():
@@ -58,10 +71,11 @@ def test_old_samples_make_room():
 def test_lengths_of_context_have_their_own_costs():
     assert [bucket(n) for n in (0, 1023, 1024, 2047, 2048, 200_000)] == [0, 0, 1, 1, 2, 8]
     table = filled()
-    for _ in range(2):
+    for _ in range(3):
         table.add(5000, "verify", 1, 0.1)
     assert table.at(100, "x").verify(1) == 0.010
     assert table.at(5000, "x").verify(1) == table.at(90_000, "x").verify(1) == 0.1
+    assert table.at(5000, "Lookup").draft(16) == 0.001, "what is not known there is that of the nearest length"
 
 
 def test_it_is_kept(tmp_path):
@@ -71,7 +85,12 @@ def test_it_is_kept(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["costs.json"], "nothing half-written is left"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "samples": {"a": [1]}}'])
+DAMAGED = ["", "{", "[]", "{}", '{"schema": 1}', "[" * 100_000, '{"schema": 1, "samples": {"a": [1]}}']
+UNSOUND = [(1, 0.0), (1, -1), (1, "NaN"), (200, 1)]
+DAMAGED += ['{{"schema": 1, "samples": {{"0/verify/{}": [{}]}}}}'.format(*pair) for pair in UNSOUND]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_file_is_an_empty_table(tmp_path, text):
     path = tmp_path / "costs.json"
     path.write_text(text)
@@ -81,6 +100,24 @@ def test_a_damaged_file_is_an_empty_table(tmp_path, text):
     table.add(0, "verify", 1, 1.0)
     table.save()
     assert json.loads(path.read_text())["samples"] == {"0/verify/1": [1.0]}
+
+
+def test_what_another_process_learnt_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "costs.json"
+    one, other = filled(path), CostTable(path)
+    for _ in range(2):
+        other.add(100, "verify", 2, 0.02)
+    other.save()
+    one.save()
+    assert CostTable(path).at(100, "Lookup").verified == {1: 0.010, 2: 0.02, 4: 0.030}
+
+
+def test_a_user_without_a_home_has_a_table_that_is_not_kept(tiny, monkeypatch):
+    for name in ("MLX_DGEMMA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(costs, "_tables", {})
+    CostTable.of(tiny).save()
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(tmp_path):
@@ -100,6 +137,7 @@ def test_the_loop_fills_the_table(tiny):
     config = GenerationConfig(max_new_tokens=40, temperature=0.0)
     prompt, draws, table = [2, 17, 40], Draws([0], 131), CostTable()
     text = prompt + [token.id for token in decode(tiny, prompt, config, draws, widths=Widths(table))]
-    assert set(table._samples) == {"0/plain/1"}
+    list(decode(tiny, prompt, config, draws, drafter=Oracle(text), widths=Widths(table, fixed=0)))
+    assert set(table._samples) == {"0/plain/1", "0/verify/1"}, "the first step of a request waits for its token"
     list(decode(tiny, prompt, config, draws, drafter=Oracle(text), widths=Widths(table, fixed=3)))
     assert set(table._samples) >= {"0/plain/1", "0/verify/4", "0/draft Oracle/3"}

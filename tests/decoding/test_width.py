@@ -34,13 +34,14 @@ def simulate(table: Costs, text, length: int, widths: Widths, confident: bool = 
     Args:
         text: position -> the chance that a draft for it is right, or None where there is no draft.
     """
-    rng, done, spent, rounds = random.Random(1), 0, 0.0, 0
+    rng, done, spent, rounds, waits = random.Random(1), 0, 0.0, 0, True
     while done < length:
         asked = widths.ask(done, length - done - 1)
-        if not asked:
+        if not asked and not waits:  # launched ahead
             widths.stepped(done, None)
             done, spent = done + 1, spent + table.step()
             continue
+        waits = bool(asked)  # the step after a round was not launched ahead
         chances = []
         for position in range(done, done + asked):
             if text(position) is None:
@@ -49,9 +50,9 @@ def simulate(table: Costs, text, length: int, widths: Widths, confident: bool = 
         draft = Draft([0] * len(chances), chances if confident else None)
         draft = draft.first(widths.verify(done, draft))
         accepted = next((i for i in range(len(draft.tokens)) if rng.random() >= chances[i]), len(draft.tokens))
-        seconds = table.verify(len(draft.tokens) + 1)
-        widths.verified(done, asked, draft, accepted, table.draft(asked), seconds)
-        spent += table.draft(asked) + seconds
+        seconds, drafter_seconds = table.verify(len(draft.tokens) + 1), table.draft(asked) if asked else 0.0
+        widths.verified(done, asked, draft, accepted, drafter_seconds, seconds)
+        spent += drafter_seconds + seconds
         done, rounds = done + accepted + 1, rounds + bool(draft.tokens)
     return spent / table.step(), rounds
 
@@ -73,6 +74,17 @@ def test_it_drafts_where_it_pays(machine, chance):
         assert spent <= 1.08 * best
     else:
         assert spent <= 1.03 * length
+
+
+@pytest.mark.parametrize("start", [0, 5, 15, 40, 100])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_copy_that_starts_late_is_found(machine, start):
+    """New text, in which a lookup finds nothing, then text that stands in the prompt."""
+    table, copied = costs(machine, "lookup"), 300
+    text = lambda position: None if position < start else 0.98  # noqa: E731
+    spent, _ = simulate(table, text, start + copied, Widths(table), confident=True)
+    best = best_fixed(table, 0.98, copied)
+    assert spent <= 1.03 * start + 1.25 * best + 16
 
 
 WORST = {

@@ -50,6 +50,20 @@ def test_a_fault_is_not_a_tie(tiny, monkeypatch):
     assert not result.passed and "FAULT" in result.line()
 
 
+def test_a_fault_of_narrow_passes_is_one_too(tiny, monkeypatch):
+    """The margin is then negative: by a pass over one position, the other token is the better one."""
+    logits, calls = DiffusionGemma.logits, []
+
+    def faulty(model, hidden, ids=None):
+        calls.append(hidden.shape[1])
+        exact = logits(model, hidden, ids)
+        return -exact if hidden.shape[1] == 1 and len(calls) % 2 else exact
+
+    monkeypatch.setattr(DiffusionGemma, "logits", faulty)
+    (result,) = results(tiny, tokens=40, widths=[4])
+    assert not result.passed
+
+
 def test_the_command(capsys):
     main(["widths", "--widths", "2", "5", "--max-tokens", "20"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("same")]
