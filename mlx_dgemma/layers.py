@@ -174,11 +174,10 @@ class Router(nn.Module):
         self.scale = mx.ones((config.hidden_size,))
         self.per_expert_scale = mx.ones((config.num_experts,))
         self.top_k = config.top_k_experts
-        self._root = config.hidden_size**-0.5
-        self._norm = RMSNorm(None, config.rms_norm_eps)
+        self._root, self._eps = config.hidden_size**-0.5, config.rms_norm_eps
 
     def __call__(self, residual: mx.array) -> tuple[mx.array, mx.array]:
-        scores = self.proj(self._norm(residual) * self.scale * self._root)
+        scores = self.proj(mx.fast.rms_norm(residual, self.scale, self._eps) * self._root)
         ids = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         # softmax over the chosen ones: that over all, renormalised
         weights = mx.softmax(mx.take_along_axis(scores, ids, axis=-1).astype(mx.float32), axis=-1)
@@ -196,14 +195,14 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, weights: mx.array, ids: mx.array) -> mx.array:
         batch, length, top_k = ids.shape
-        tokens, ids = x.reshape(batch * length, 1, -1), ids.reshape(-1)
-        pairs = mx.arange(ids.size) // top_k  # the token of each token-expert pair
         is_sorted = ids.size >= SORT_FROM
         if is_sorted:  # equal experts side by side, so that each is read once
-            order = mx.argsort(ids)
-            pairs, ids = pairs[order], ids[order]
-        gate, up = mx.split(self.gate_up_proj(tokens[pairs], ids, sorted_indices=is_sorted), 2, axis=-1)
-        out = self.down_proj(gated_gelu(gate, up), ids, sorted_indices=is_sorted)  # (B*L*K, 1, H)
+            order = mx.argsort(ids.reshape(-1))
+            tokens, ids = x.reshape(batch * length, 1, -1)[order // top_k], ids.reshape(-1)[order]
+        else:
+            tokens = x.reshape(batch, length, 1, 1, -1)
+        gate, up = mx.split(self.gate_up_proj(tokens, ids, sorted_indices=is_sorted), 2, axis=-1)
+        out = self.down_proj(gated_gelu(gate, up), ids, sorted_indices=is_sorted)
         if is_sorted:
             out = out[mx.argsort(order)]
         out = out.reshape(batch, length, top_k, -1) * weights[..., None]  # float32 by its weights

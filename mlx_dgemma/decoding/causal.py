@@ -112,9 +112,9 @@ def decode(
             cache.rollback(len(current.draft.tokens) + 1 - len(emitted))
 
             seconds = watch.read(current)
-            if current is ahead:
+            if guard.active and current is ahead:
                 widths.stepped(count, seconds)
-            else:
+            elif guard.active:
                 widths.verified(count, asked, draft, accepted, counts.drafter_seconds - charged, seconds)
                 charged = counts.drafter_seconds
             try:
