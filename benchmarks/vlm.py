@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mlx_dgemma.checkpoint import Checkpoint
 from mlx_dgemma.config import GenerationConfig, ModelConfig, read_json
 from mlx_dgemma.errors import InputError
 
-from .measure import Answer, PeakMemory, weight_bytes
+from .measure import Answer, PeakMemory, spare_compiler, weight_bytes
 
 TESTED = "0.7.10"
 SHARED_NAMES = (
@@ -44,8 +43,7 @@ class MlxVlm:
         self.name = f"mlx-vlm {installed_version()}"
         if config.quantization is not None:
             raise InputError(f"{folder}: quantised weights are not compared with mlx-vlm yet (--no-mlx-vlm)")
-        if mx.default_device() == mx.cpu and shutil.which("g++") is None:
-            mx.disable_compile()  # it compiles two elementwise functions, which on a CPU takes g++
+        spare_compiler()
         from mlx_vlm.models.diffusion_gemma import Model
         from mlx_vlm.models.diffusion_gemma import ModelConfig as TheirConfig
         from mlx_vlm.tokenizer_utils import load_tokenizer

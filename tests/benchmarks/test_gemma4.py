@@ -5,7 +5,6 @@ here are shorter than 512.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from benchmarks import gemma4
 from benchmarks.gemma4 import gemma4_config, main, write_gemma4
+from benchmarks.measure import spare_compiler
 from mlx_dgemma.config import GenerationConfig, ModelConfig
 from mlx_dgemma.decoding.causal import decode
 from mlx_dgemma.draws import Draws
@@ -48,8 +48,7 @@ Step = Callable[[Sequence[int]], np.ndarray]  # the next ids of a text -> their 
 @pytest.fixture(autouse=True)
 def _compiler():
     """mlx-lm compiles elementwise functions, which on a CPU takes a C++ compiler."""
-    if mx.default_device() == mx.cpu and shutil.which("g++") is None:
-        mx.disable_compile()
+    spare_compiler()
     yield
     mx.enable_compile()
 
