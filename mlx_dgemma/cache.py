@@ -20,7 +20,10 @@ from .config import ModelConfig
 from .options import WIDEST_DRAFT
 
 SLACK = WIDEST_DRAFT  # tokens that can be rolled back, unless another number is asked for
-GROWTH = 256  # rows by which a buffer grows at least, as in mlx_lm
+GROWTH = 256  # rows by which the buffer of a full layer grows at least, as in mlx_lm
+# Free rows behind a compaction. While steps are launched ahead, MLX copies the buffer that a step writes
+# into, so room that is not used costs time; a compaction every 64 tokens costs less.
+SPARE = 64
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class LayerRows:
     def extend(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append rows (B, H, L, D) for good; return the rows that the new ones may see, themselves last."""
         added = keys.shape[2]
-        if self.kept is not None and added > GROWTH:
+        if self.kept is not None and added > GROWTH:  # a chunk of a prompt
             seen = self._replace(keys, values)
         else:
             seen = self._write(keys, values)
@@ -158,8 +161,8 @@ class LayerRows:
             values = mx.concatenate([self.values[:, :, :used], values], axis=2)
         total = keys.shape[2]
         dropped = max(0, total - self.kept)
-        self.keys = _resized(keys, keys, dropped, total, self.kept + 2 * GROWTH)
-        self.values = _resized(values, values, dropped, total, self.kept + 2 * GROWTH)
+        self.keys = _resized(keys, keys, dropped, total, self.kept + SPARE)
+        self.values = _resized(values, values, dropped, total, self.kept + SPARE)
         self.start += dropped
         return keys[:, :, used - visible :], values[:, :, used - visible :]
 
@@ -168,7 +171,8 @@ class LayerRows:
         if self.keys is not None and used + added <= self.keys.shape[2]:
             return
         dropped = 0 if self.kept is None else max(0, used - self.kept)
-        grown = -(-(used - dropped + added) // GROWTH) * GROWTH + (GROWTH if self.kept is not None else 0)
+        needed = used - dropped + added
+        grown = -(-needed // GROWTH) * GROWTH if self.kept is None else needed + SPARE
         self.keys = _resized(self.keys, keys, dropped, used, grown)
         self.values = _resized(self.values, values, dropped, used, grown)
         self.start += dropped
