@@ -125,8 +125,8 @@ class Attention(nn.Module):
         queries = self.q_norm(self.q_proj(x).reshape(batch, length, self.heads, -1))
         raw_keys = self.k_proj(x).reshape(batch, length, self.kv_heads, -1)
         raw_values = self.v_proj(x).reshape(batch, length, self.kv_heads, -1) if self.is_sliding else raw_keys
-        queries = self._rotary(queries.swapaxes(1, 2), run.offset)  # (B, H, L, D)
-        keys = self._rotary(self.k_norm(raw_keys).swapaxes(1, 2), run.offset)
+        both = mx.concatenate([queries, self.k_norm(raw_keys)], axis=2).swapaxes(1, 2)  # turned in one go
+        queries, keys = mx.split(self._rotary(both, run.offset), [self.heads], axis=1)  # (B, H, L, D)
         keys, values = run.rows(self.index, keys, self._v_norm(raw_values).swapaxes(1, 2))
         out = self._attend(queries, keys, values, run)
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
