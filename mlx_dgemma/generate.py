@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .command import run_command
+from .command import Parser, run_command
 from .config import GenerationConfig
 from .drafter import check_name
 from .errors import InputError, UsageError
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Flags are spelled as in mlx_lm where it has them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx_dgemma.generate",
         description="Answer a prompt with DiffusionGemma: by denoising canvases, or token after token (--mode ar).",
     )

@@ -85,6 +85,8 @@ def test_sampling_options_reach_the_sampler(capsys):
 
 
 BAD = {
+    "not a number": (["--max-tokens", "many"], 2, "--max-tokens: invalid int value: 'many'; see --help"),
+    "no such flag": (["--magic"], 2, "unrecognized arguments: --magic"),
     "no such folder": (["--model", "/no/such/folder"], 1, "/no/such/folder"),
     "hub without network": (["--model", "nobody/nothing"], 1, "nobody/nothing"),
     "no config": (["--model", "{empty}"], 1, "config.json: no such file"),
@@ -134,7 +136,7 @@ def test_a_mistake_is_one_line_and_a_status(capsys, tmp_path, case):
 
 def test_a_bias_that_is_no_json_is_bad_usage(capsys):
     status, out, err = run(capsys, "--prompt", "x", "--mode", "ar", "--logit-bias", "107=5")
-    assert (status, out) == (2, "")
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert "must be a JSON object of ids and numbers, not '107=5'" in err
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..command import run_command
+from ..command import Parser, run_command
 from ..errors import InputError, UsageError
 from ..options import check_limits
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("mlx_dgemma.parity", description=DESCRIPTION, formatter_class=raw)
+    parser = Parser("mlx_dgemma.parity", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{record,check,widths}")
     _add_record(commands.add_parser("record", help="run the reference and write a bundle (needs torch)"))
     _add_check(commands.add_parser("check", help="replay a bundle on MLX and judge it"))
