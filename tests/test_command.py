@@ -85,7 +85,7 @@ def test_sampling_options_reach_the_sampler(capsys):
 
 
 BAD = {
-    "not a number": (["--max-tokens", "many"], 2, "--max-tokens: invalid int value: 'many'; see --help"),
+    "not a number": (["--max-tokens", "many"], 2, "invalid int value: 'many'; see --help"),
     "no such flag": (["--magic"], 2, "unrecognized arguments: --magic"),
     "no such folder": (["--model", "/no/such/folder"], 1, "/no/such/folder"),
     "hub without network": (["--model", "nobody/nothing"], 1, "nobody/nothing"),
