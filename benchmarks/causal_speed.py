@@ -2,7 +2,7 @@
 
     python -m benchmarks.causal_speed [--model nano] [--pairs 20] [--tokens 128] [--json FILE]
 
-The checkpoint's causal pass is written as a plain Gemma 4 (see `benchmarks.gemma4`) into a temporary
+The checkpoint's causal pass is written as a plain Gemma 4 into a temporary
 folder, for mlx-lm's own model. A pair is one of nano's held-out prompts continued greedily by both,
 eos being a token like any other, the order alternating from pair to pair. Compared are the loops:
 `mlx_lm.generate.generate_step` and ours, without detokenising. Ratios are ours / theirs with a 95 %
@@ -27,6 +27,7 @@ import mlx_lm
 from mlx_lm.generate import generate_step, generation_stream
 
 from mlx_dgemma.command import run_command
+from mlx_dgemma.convert import convert
 from mlx_dgemma.decoding.causal import decode
 from mlx_dgemma.draws import Draws
 from mlx_dgemma.errors import UsageError
@@ -34,7 +35,6 @@ from mlx_dgemma.loading import load, resolve
 from mlx_dgemma.model import DiffusionGemma
 
 from .diffusion import held_out_questions
-from .gemma4 import write_gemma4
 from .measure import FEWEST_PAIRS, alternating, environment, paired_ratio, spare_compiler
 
 FEWEST_TOKENS = 2
@@ -123,7 +123,7 @@ def _command(args: argparse.Namespace) -> None:
     folder = resolve(args.model)
     model, tokenizer = load(folder)
     with tempfile.TemporaryDirectory() as work:
-        write_gemma4(folder, Path(work) / "gemma4")
+        convert(folder, Path(work) / "gemma4", export="gemma4", progress=False)
         loops = [our_loop(model, args.tokens), their_loop(Path(work) / "gemma4", model.dtype, args.tokens)]
     prompts = [question.ids for question in held_out_questions(tokenizer, args.pairs)]
     names = ["mlx_dgemma", f"mlx-lm {version('mlx-lm')}"]

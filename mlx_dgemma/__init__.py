@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# `convert` and `generate` are functions and submodules: importing the functions here binds the names to them for good.
+from .convert import convert
 from .errors import InputError, UsageError
-
-# `generate` is a function and a submodule: importing the function here binds the name to it for good.
 from .generate import generate, stream_generate
 from .response import GenerationResponse
 from .version import __version__
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
     from .model import DiffusionGemma
 
-__all__ = ["GenerationResponse", "InputError", "UsageError", "__version__", "generate", "load", "stream_generate"]
+__all__ = [
+    "GenerationResponse",
+    "InputError",
+    "UsageError",
+    "__version__",
+    "convert",
+    "generate",
+    "load",
+    "stream_generate",
+]
 
 
 def load(path_or_repo: str = "nano", **options: Any) -> tuple[DiffusionGemma, TokenizerWrapper]:

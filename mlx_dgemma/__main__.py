@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "generate": ("mlx_dgemma.generate", "answer a prompt"),
+    "convert": ("mlx_dgemma.convert.command", "quantise, dequantise, export a checkpoint"),
     "parity": ("mlx_dgemma.parity.command", "record what the reference computes; check this machine against it"),
 }
 

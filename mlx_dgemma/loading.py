@@ -151,17 +151,19 @@ def _quantize(model: DiffusionGemma, config: ModelConfig, paths: set[str]) -> No
 
 
 def _check_names(model: DiffusionGemma, tensors: dict[str, TensorInfo], folder: Path) -> None:
-    """Every tensor of the model is there, with its shape, and no other."""
-    expected = {tensor_name(path): array for path, array in tree_flatten(model.parameters())}
-    for name in sorted(expected.keys() - tensors.keys()):
-        raise InputError(f"{folder}: tensor {name} is missing, which config.json calls for")
-    for name in sorted(tensors.keys() - expected.keys()):
-        raise InputError(f"{tensors[name].shard}: tensor {name} has no place in the model of config.json")
+    """Every tensor of the model is there, with its shape, and no other. Stacks of experts are named either way."""
+    expected = dict(tree_flatten(model.parameters()))
+    given = {module_name(name): info for name, info in tensors.items()}
+    for path in sorted(expected.keys() - given.keys()):
+        raise InputError(f"{folder}: tensor {tensor_name(path)} is missing, which config.json calls for")
     for name, info in sorted(tensors.items()):
-        wanted = tuple(expected[name].shape)
+        path = module_name(name)
+        if path not in expected or given[path] is not info:
+            raise InputError(f"{info.shard}: tensor {name} has no place in the model of config.json")
+        wanted = tuple(expected[path].shape)
         if info.shape != wanted:
             raise InputError(f"{info.shard}: tensor {name} has the shape {info.shape}, config.json calls for {wanted}")
-        if mx.issubdtype(expected[name].dtype, mx.floating) and info.dtype not in ("F32", "F16", "BF16"):
+        if mx.issubdtype(expected[path].dtype, mx.floating) and info.dtype not in ("F32", "F16", "BF16"):
             raise InputError(f"{info.shard}: tensor {name} is {info.dtype}; weights must be F32, F16 or BF16")
 
 

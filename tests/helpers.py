@@ -63,7 +63,10 @@ def write_checkpoint(folder: Path, raw: dict = TINY, model: DiffusionGemma | Non
     """A checkpoint in the HF layout, with nano's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     model = random_model(raw) if model is None else model
-    tensors = {tensor_name(path): array for path, array in tree_flatten(model.parameters())}
+    arrays = dict(tree_flatten(model.parameters()))
+    # stacks of experts lose their `.weight` as floats alone, as mlx-community has it
+    quantised = {path.removesuffix(".scales") for path in arrays if path.endswith(".scales")}
+    tensors = {p if p.removesuffix(".weight") in quantised else tensor_name(p): array for p, array in arrays.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -11,14 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks.gemma4 import write_gemma4
 from mlx_dgemma import layers
 from mlx_dgemma.loading import EMBEDDED, load_model
 from mlx_dgemma.model import DiffusionGemma, Taps
 from mlx_dgemma.parity.bundle import Bundle
 from mlx_dgemma.parity.check import MAX_RATIO, Measure, measures
 from mlx_dgemma.prompt import encode_prompt
-from tests.benchmarks.test_gemma4 import assert_same_text, causal, random_ids, written
+from tests.convert.test_gemma4 import assert_same_text, causal, random_ids, write_gemma4, written
 from tests.parity.test_negative_controls import rope_by_base  # noqa: F401
 from tests.test_reference import PROMPTS
 

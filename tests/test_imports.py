@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import mlx_dgemma
-import mlx_dgemma.drafter
 
 ROOT = Path(mlx_dgemma.__file__).parent
-DRAFTER = Path(mlx_dgemma.drafter.__file__).parent  # at the top of the repository, a subpackage once installed
+# at the top of the repository, subpackages once installed
+OUTSIDE = {name: ROOT.parent / name for name in ("convert", "drafter")}
 
 # lower may not import higher; files of one line may import each other
 ORDER = [
@@ -24,6 +24,7 @@ ORDER = [
     ["loading", "drafter"],
     ["decoding"],
     ["response", "command"],
+    ["convert"],
     ["display"],
     ["generate"],
     ["parity"],
@@ -35,7 +36,9 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 def sources() -> dict[str, Path]:
     """ "decoding/causal.py" -> where it is."""
     found = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
-    return found | {f"drafter/{path.relative_to(DRAFTER).as_posix()}": path for path in DRAFTER.rglob("*.py")}
+    for name, folder in OUTSIDE.items():
+        found |= {f"{name}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*.py")}
+    return found
 
 
 def imported(name: str, path: Path) -> set[str]:
@@ -93,8 +96,10 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_names_are_functions_and_submodules_at_once():
+    import mlx_dgemma.convert.command
     import mlx_dgemma.generate as submodule_or_function
 
-    assert callable(mlx_dgemma.generate)
+    assert callable(mlx_dgemma.generate) and callable(mlx_dgemma.convert)
     assert submodule_or_function is mlx_dgemma.generate
     assert callable(sys.modules["mlx_dgemma.generate"].main)
+    assert callable(sys.modules["mlx_dgemma.convert.command"].main)

@@ -1,0 +1,233 @@
+"""One conversion: a source, what becomes of each of its tensors, and the files beside them.
+
+Source --tensors, as floats--> jobs --engine--> shards     (a slice of a tensor at a time)
+                                ^
+            recipe --plan-------+-----------> config.json's `quantization`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint import ITEM_BYTES
+from ..errors import UsageError
+from ..loading import read_generation_config, resolve
+from .card import card
+from .engine import Job, run, verify
+from .gemma4 import gemma4_config
+from .journal import fingerprint
+from .names import gemma4_modules, gemma4_name, gemma4_parts, is_vision, mlx_name, module_of
+from .recipes import Plan, Recipe, Scheme, get_recipe, modules, plan, uniform
+from .shards import CHUNK, Output, to_bytes
+from .sources import FloatTensor, Source
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+EXPORTS = ("mlx", "gemma4", "hf")
+TOKENIZER_FILES = ("tokenizer*", "*.jinja", "*.model", "special_tokens_map.json", "added_tokens.json")
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for; see `convert`."""
+
+    quantize: bool = False
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_mode: str | None = None
+    quant_recipe: str | None = None
+    dtype: str | None = None
+    dequantize: bool = False
+    export: str = "mlx"
+
+    def recipe(self) -> Recipe | None:
+        """The recipe, None for floats. Raises UsageError for options that contradict each other."""
+        given = [name for name in ("q_bits", "q_group_size", "q_mode") if getattr(self, name) is not None]
+        if given and (self.quant_recipe or not self.quantize):
+            other = "a recipe has its own" if self.quant_recipe else "say -q as well"
+            raise UsageError(f"{given[0]} is an option of plain quantisation; {other}")
+        if self.dequantize and (self.quantize or self.quant_recipe):
+            raise UsageError("dequantize and quantisation contradict each other; choose one")
+        if self.export not in EXPORTS:
+            raise UsageError(f"export must be one of {', '.join(EXPORTS)}, not {self.export!r}")
+        if self.export == "hf" and (self.quantize or self.quant_recipe):
+            raise UsageError("export hf writes floats for transformers; leave quantisation out")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.quant_recipe:
+            recipe = get_recipe(self.quant_recipe)
+            return recipe if recipe.rules else None
+        if self.quantize:
+            return uniform(bits=self.q_bits, group_size=self.q_group_size, mode=self.q_mode)
+        return None
+
+
+class Conversion:
+    """A source, opened, and what is to become of it. Raises InputError for a source that is not whole."""
+
+    def __init__(self, folder: Path, options: Options):
+        self.options, recipe = options, options.recipe()
+        self.source = Source.open(folder)
+        if self.source.form != "float" and recipe is None and not options.dequantize:
+            raise UsageError(f"{folder}: is quantised ({self.source.form}); say --dequantize, -q or --quant-recipe")
+        self.tensors = {name: tensor for name, tensor in self.source.tensors().items() if self._is_kept(name)}
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        self.plan: Plan = plan(recipe or get_recipe("bf16"), modules(self.shapes))
+
+    def _is_kept(self, name: str) -> bool:
+        return self.options.export != "gemma4" or gemma4_name(name) is not None
+
+    def jobs(self) -> Iterator[Job]:
+        """A job per tensor of HF's tree."""
+        for name, tensor in self.tensors.items():
+            dtype = DTYPES[self.options.dtype] if self.options.dtype else tensor.dtype
+            scheme = None if is_vision(name) or len(tensor.shape) < 2 else self.plan.schemes.get(module_of(name))
+            yield self._quantised(name, tensor, dtype, scheme) if scheme else self._plain(name, tensor, dtype)
+
+    def _plain(self, name: str, tensor: FloatTensor, dtype: str) -> Job:
+        names = {"mlx": mlx_name, "hf": str, "gemma4": gemma4_name}
+        output = Output(names[self.options.export](name), dtype, tensor.shape)
+        return Job((output,), partial(_floats, tensor, dtype))
+
+    def _quantised(self, name: str, tensor: FloatTensor, dtype: str, scheme: Scheme) -> Job:
+        """Weight, scales and biases; in Gemma 4's tree, those of gate and of up apart."""
+        stem = mlx_name(name).removesuffix("weight")
+        *rows, width = tensor.shape
+        words, groups = width * scheme.bits // 32, width // scheme.group_size
+        kinds = {"weight": ("U32", words), "scales": ("U8" if scheme.mode != "affine" else dtype, groups)}
+        if scheme.mode == "affine":
+            kinds["biases"] = (dtype, groups)
+        outputs, halves = [], 1
+        for kind, (stored, columns) in kinds.items():
+            targets = [stem + kind]
+            if self.options.export == "gemma4":
+                targets = [part.name for part in gemma4_parts(stem + kind)]
+            halves = len(targets)
+            shape = rows if halves == 1 else [*rows[:-1], rows[-1] // halves]
+            outputs += [Output(target, stored, (*shape, columns)) for target in targets]
+        return Job(tuple(outputs), partial(_quantise, tensor, dtype, scheme, halves))
+
+    def files(self) -> dict[str, bytes | Path]:
+        """config.json, tokenizer, generation config, model card."""
+        folder = self.source.folder
+        files: dict[str, bytes | Path] = {
+            path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()
+        }
+        if self.options.export == "gemma4":
+            generation = read_generation_config(folder, self.source.config)
+            ids = {"eos_token_id": list(generation.eos_token_ids) or None, "pad_token_id": generation.pad_token_id}
+            files["generation_config.json"] = _json(ids | {"bos_token_id": self.source.config.bos_token_id})
+        files["config.json"] = _json(self.config())
+        files["README.md"] = card(self).encode()
+        return files
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the result."""
+        stored = self.options.dtype or next(long for long, short in DTYPES.items() if short == self.source.dtype)
+        if self.options.export == "gemma4":
+            generation = read_generation_config(self.source.folder, self.source.config)
+            config = gemma4_config(self.source.config, generation.eos_token_ids, stored)
+            block = self.plan.block(gemma4_modules)
+        else:
+            config = {k: v for k, v in self.source.raw.items() if k not in ("quantization", "quantization_config")}
+            config, block = config | {"dtype": stored}, self.plan.block()
+        if block is not None:
+            config |= {"quantization": block, "quantization_config": block}
+        return dict(sorted(config.items()))
+
+    @property
+    def bits_per_weight(self) -> float:
+        size = ITEM_BYTES[DTYPES[self.options.dtype] if self.options.dtype else self.source.dtype]
+        return self.plan.bits_per_weight(self.shapes, size)
+
+
+def convert(
+    hf_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str | None = None,
+    quant_recipe: str | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+    export: str = "mlx",
+    verify_output: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Convert a checkpoint, a slice of a tensor at a time; returns the folder it wrote.
+
+    The output grows in a hidden folder beside `mlx_path` and is renamed when it is whole; the same
+    call after an interruption goes on where it was.
+
+    Args:
+        hf_path: "nano", a folder or a Hub id: floats, MLX-quantised, or compressed-tensors FP8 and NVFP4.
+        mlx_path: the folder to write; must not exist.
+        quantize: every module alike, as mlx_lm: q_bits, q_group_size, q_mode (affine, mxfp4, nvfp4, mxfp8).
+        quant_recipe: instead, a recipe by name or a file of rules; see `recipes`.
+        dtype: of what is not quantised: float32, float16, bfloat16; by default as it is.
+        dequantize: a quantised source to floats.
+        export: "mlx"; "gemma4", ar mode as a plain Gemma 4 text model; "hf", back for transformers.
+        verify_output: read all of it again, and compare.
+
+    Raises:
+        InputError, UsageError: one line that says what is wrong and where.
+    """
+    options = Options(quantize, q_bits, q_group_size, q_mode, quant_recipe, dtype, dequantize, export)
+    options.recipe()  # contradictions are said before anything is downloaded
+    conversion = Conversion(resolve(hf_path, revision), options)
+    source = conversion.source
+    out = run(
+        conversion.jobs(),
+        mlx_path,
+        fingerprint=fingerprint(
+            [source.folder / "config.json", *sorted({info.shard for info in source.checkpoint.tensors.values()})],
+            vars(options) | {"plan": conversion.config()},
+        ),
+        files=conversion.files(),
+        metadata={"format": "pt" if export == "hf" else "mlx"},
+        progress=progress,
+        total_parameters=sum(map(prod, conversion.shapes.values())),
+    )
+    if verify_output:
+        verify(out, progress=progress)
+    return out
+
+
+def _slices(tensor: FloatTensor, limit: int = CHUNK) -> Iterator[mx.array]:
+    """The tensor's values, at most `limit` bytes of them (or one row of the first axis) at a time."""
+    if not tensor.shape:
+        yield tensor.read(0, 1)
+        return
+    step = max(1, limit // (4 * prod(tensor.shape[1:])))
+    for first in range(0, tensor.shape[0], step):
+        yield tensor.read(first, min(first + step, tensor.shape[0]))
+
+
+def _floats(tensor: FloatTensor, dtype: str) -> Iterator[tuple[int, memoryview]]:
+    for values in _slices(tensor):
+        yield 0, to_bytes(values.astype(MLX[dtype]))
+
+
+def _quantise(tensor: FloatTensor, dtype: str, scheme: Scheme, halves: int) -> Iterator[tuple[int, memoryview]]:
+    settings = scheme.settings()
+    for values in _slices(tensor):
+        parts = mx.quantize(values.astype(MLX[dtype]), **settings)
+        pieces = [half for part in parts for half in (mx.split(part, halves, axis=-2) if halves > 1 else [part])]
+        for index, piece in enumerate(pieces):
+            yield index, to_bytes(piece)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=4) + "\n").encode()
