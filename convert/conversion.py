@@ -21,16 +21,16 @@ from ..checkpoint import ITEM_BYTES
 from ..errors import UsageError
 from ..loading import read_generation_config, resolve
 from .card import card
-from .engine import Job, run, verify
+from .engine import Job, require_new, run, verify
 from .gemma4 import gemma4_config
 from .journal import fingerprint
 from .names import gemma4_modules, gemma4_name, gemma4_parts, is_vision, mlx_name, module_of
 from .recipes import Plan, Recipe, Scheme, get_recipe, modules, plan, uniform
-from .shards import CHUNK, Output, to_bytes
-from .sources import FloatTensor, Source
+from .shards import MLX, Output, to_bytes
+from .sources import FloatTensor, Source, slices
+from .values import check_values
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 EXPORTS = ("mlx", "gemma4", "hf")
 TOKENIZER_FILES = ("tokenizer*", "*.jinja", "*.model", "special_tokens_map.json", "added_tokens.json")
 SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -86,12 +86,21 @@ class Conversion:
     def _is_kept(self, name: str) -> bool:
         return self.options.export != "gemma4" or gemma4_name(name) is not None
 
-    def jobs(self) -> Iterator[Job]:
-        """A job per tensor of HF's tree."""
-        for name, tensor in self.tensors.items():
-            dtype = DTYPES[self.options.dtype] if self.options.dtype else tensor.dtype
-            scheme = None if is_vision(name) or len(tensor.shape) < 2 else self.plan.schemes.get(module_of(name))
-            yield self._quantised(name, tensor, dtype, scheme) if scheme else self._plain(name, tensor, dtype)
+    def jobs(self) -> list[Job]:
+        """A job per tensor of HF's tree, in its order."""
+        return [self._job(name, tensor) for name, tensor in self.tensors.items()]
+
+    def _job(self, name: str, tensor: FloatTensor) -> Job:
+        dtype, scheme = self.dtype_of(tensor), self.scheme_of(name)
+        return self._quantised(name, tensor, dtype, scheme) if scheme else self._plain(name, tensor, dtype)
+
+    def dtype_of(self, tensor: FloatTensor) -> str:
+        """Of its floats, or of its scales."""
+        return DTYPES[self.options.dtype] if self.options.dtype else tensor.dtype
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        is_matrix = len(self.shapes[name]) > 1 and not is_vision(name)
+        return self.plan.schemes.get(module_of(name)) if is_matrix else None
 
     def _plain(self, name: str, tensor: FloatTensor, dtype: str) -> Job:
         names = {"mlx": mlx_name, "hf": str, "gemma4": gemma4_name}
@@ -185,7 +194,8 @@ def convert(
         InputError, UsageError: one line that says what is wrong and where.
     """
     options = Options(quantize, q_bits, q_group_size, q_mode, quant_recipe, dtype, dequantize, export)
-    options.recipe()  # contradictions are said before anything is downloaded
+    options.recipe()  # contradictions, and an output that exists, are said before anything is downloaded
+    require_new(Path(mlx_path))
     conversion = Conversion(resolve(hf_path, revision), options)
     source = conversion.source
     out = run(
@@ -201,28 +211,18 @@ def convert(
         total_parameters=sum(map(prod, conversion.shapes.values())),
     )
     if verify_output:
-        verify(out, progress=progress)
+        verify(out, partial(check_values, conversion), progress=progress)
     return out
 
 
-def _slices(tensor: FloatTensor, limit: int = CHUNK) -> Iterator[mx.array]:
-    """The tensor's values, at most `limit` bytes of them (or one row of the first axis) at a time."""
-    if not tensor.shape:
-        yield tensor.read(0, 1)
-        return
-    step = max(1, limit // (4 * prod(tensor.shape[1:])))
-    for first in range(0, tensor.shape[0], step):
-        yield tensor.read(first, min(first + step, tensor.shape[0]))
-
-
 def _floats(tensor: FloatTensor, dtype: str) -> Iterator[tuple[int, memoryview]]:
-    for values in _slices(tensor):
+    for _, values in slices(tensor):
         yield 0, to_bytes(values.astype(MLX[dtype]))
 
 
 def _quantise(tensor: FloatTensor, dtype: str, scheme: Scheme, halves: int) -> Iterator[tuple[int, memoryview]]:
     settings = scheme.settings()
-    for values in _slices(tensor):
+    for _, values in slices(tensor):
         parts = mx.quantize(values.astype(MLX[dtype]), **settings)
         pieces = [half for part in parts for half in (mx.split(part, halves, axis=-2) if halves > 1 else [part])]
         for index, piece in enumerate(pieces):

@@ -107,14 +107,18 @@ def _check_names(files: Files) -> None:
             raise ValueError(f"{name!r}: not a name for a side file")
 
 
+def require_new(out: Path) -> None:
+    """Raise UsageError if `out` exists or its parent does not."""
+    if os.path.lexists(out):
+        raise UsageError(f"{out}: exists already; remove it or name another folder")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: {out.absolute().parent} is not a folder; create it first")
+
+
 @contextmanager
 def _partial_folder(out: Path) -> Iterator[tuple[Path, Journal]]:
     """The folder that becomes `out`, and its journal, which is locked while the block runs."""
-    exists = UsageError(f"{out}: exists already; remove it or name another folder")
-    if os.path.lexists(out):
-        raise exists
-    if not out.parent.is_dir():
-        raise UsageError(f"{out}: {out.parent} is not a folder; create it first")
+    require_new(out)
     work = out.with_name(f".{out.name}.partial")
     work.mkdir(exist_ok=True)
     found = os.listdir(work)
@@ -122,8 +126,7 @@ def _partial_folder(out: Path) -> Iterator[tuple[Path, Journal]]:
         raise UsageError(f"{work}: is not an unfinished conversion; remove it or name another output")
     journal = Journal(work / JOURNAL)
     try:
-        if os.path.lexists(out):  # the process that held the lock has just finished
-            raise exists
+        require_new(out)  # the process that held the lock may just have finished
         yield work, journal
     finally:
         journal.close()

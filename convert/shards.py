@@ -29,6 +29,7 @@ PART = ".part"  # a shard that is not whole yet does not end in .safetensors
 _PARTS_OF_A_MODULE = ("weight", "scales", "biases", "bias")
 
 # what NumPy and MLX do not know is seen as unsigned integers of the same size
+MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8}
 _NUMPY |= {"BOOL": np.bool_, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _NUMPY |= {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64}

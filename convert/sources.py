@@ -17,8 +17,9 @@ Scales of activations and caches (`input_global_scale`, `k_scale`, ...) are left
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from ..errors import InputError, UsageError
 from ..model import DiffusionGemma
 from .names import expert_of, expert_parts, is_vision
 from .recipes import Scheme
-from .shards import Reader, to_mlx
+from .shards import CHUNK, Reader, to_mlx
 
 FLOATS = ("F32", "F16", "BF16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -363,3 +364,13 @@ def _check_compressed(settings: Mapping[str, Any], where: str) -> None:
                 f"{where}: compressed-tensors format {named!r} ({', '.join(map(str, kind))}) is not supported; "
                 "FP8 with a scale per row (float-quantized) and nvfp4-pack-quantized are"
             )
+
+
+def slices(tensor: FloatTensor, limit: int = CHUNK) -> Iterator[tuple[int, mx.array]]:
+    """(first row, values), at most `limit` bytes of float32 (or one row of the first axis) at a time."""
+    if not tensor.shape:
+        yield 0, tensor.read(0, 1)
+        return
+    step = max(1, limit // (4 * prod(tensor.shape[1:])))
+    for first in range(0, tensor.shape[0], step):
+        yield first, tensor.read(first, min(first + step, tensor.shape[0]))
