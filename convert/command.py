@@ -27,6 +27,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--dtype", help="of what is not quantised: float32, float16, bfloat16 (default: as it is)")
     add("--dequantize", "-d", action="store_true", help="a quantised source to floats")
     add("--export", default="mlx", help="mlx; gemma4: ar mode for mlx_lm; hf: back for transformers (default: mlx)")
+    add("--upload-repo", metavar="ID", help="send the result to this Hub repository")
     add("--verify", action="store_true", help="read the result again and compare it with what was written")
     group = parser.add_argument_group("quantisation")
     add = group.add_argument
@@ -55,6 +56,7 @@ def _command(args: argparse.Namespace) -> None:
         revision=args.revision,
         export=args.export,
         verify_output=args.verify,
+        upload_repo=args.upload_repo,
     )
     print(out)
 

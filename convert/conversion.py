@@ -28,6 +28,7 @@ from .names import gemma4_modules, gemma4_name, gemma4_parts, is_vision, mlx_nam
 from .recipes import Plan, Recipe, Scheme, get_recipe, modules, plan, uniform
 from .shards import MLX, Output, to_bytes
 from .sources import FloatTensor, Source, slices
+from .upload import check_repo, upload
 from .values import check_values
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -173,6 +174,7 @@ def convert(
     revision: str | None = None,
     export: str = "mlx",
     verify_output: bool = False,
+    upload_repo: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Convert a checkpoint, a slice of a tensor at a time; returns the folder it wrote.
@@ -189,6 +191,7 @@ def convert(
         dequantize: a quantised source to floats.
         export: "mlx"; "gemma4", ar mode as a plain Gemma 4 text model; "hf", back for transformers.
         verify_output: read all of it again, and compare.
+        upload_repo: a Hub id to send the result to; the Hub's client takes the token from where `hf auth login` put it.
 
     Raises:
         InputError, UsageError: one line that says what is wrong and where.
@@ -196,6 +199,8 @@ def convert(
     options = Options(quantize, q_bits, q_group_size, q_mode, quant_recipe, dtype, dequantize, export)
     options.recipe()  # contradictions, and an output that exists, are said before anything is downloaded
     require_new(Path(mlx_path))
+    if upload_repo is not None:
+        check_repo(upload_repo)
     conversion = Conversion(resolve(hf_path, revision), options)
     source = conversion.source
     out = run(
@@ -212,6 +217,8 @@ def convert(
     )
     if verify_output:
         verify(out, partial(check_values, conversion), progress=progress)
+    if upload_repo is not None:
+        upload(out, upload_repo)
     return out
 
 
