@@ -85,7 +85,7 @@ def convert_measured(source: Path, out: Path, recipe: str, results: Any) -> None
 
 
 def bare_quantise(source: Path, recipe: str, results: Any) -> None:
-    """In a process of its own: seconds of mx.quantize alone, over the tensors that the recipe quantises, and their bytes."""
+    """In a process of its own: seconds of mx.quantize alone, over what the recipe quantises, and its bytes."""
     import mlx.core as mx
 
     from mlx_dgemma.convert.conversion import Conversion, Options
