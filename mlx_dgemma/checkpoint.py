@@ -97,8 +97,8 @@ def _index(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: has no weight_map")
     for name, shard in listed.items():
         is_plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
-        if not is_plain or not shard.endswith(".safetensors"):
-            raise InputError(f"{path}: {name} points to {shard!r}, which is not a file name in this folder")
+        if not is_plain or not shard.isprintable() or not shard.endswith(".safetensors"):
+            raise InputError(f"{path}: {name} points to {shard!r:.80}, which is not a file name in this folder")
     return listed
 
 
@@ -116,6 +116,8 @@ def read_header(path: Path, index: Path | None = None) -> list[TensorInfo]:
     except FileNotFoundError:
         named = f", which {index.name} names" if index else ""
         raise InputError(f"{path}: no such shard{named}; download the checkpoint again") from None
+    except OSError as error:
+        raise InputError(f"{path.with_name(path.name[:80])}: cannot be read ({error.strerror})") from None
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not a safetensors file ({error}); download it again") from None
     end = infos[-1].offset + infos[-1].nbytes if infos else 8 + length
