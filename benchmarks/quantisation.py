@@ -1,0 +1,210 @@
+"""What quantisation costs: each of the converter's recipes beside the floats that it was made from.
+
+    python -m benchmarks.quantisation [--model nano] [--recipe NAME|FILE ...] [--count 200] [--seed 0] [--json FILE]
+
+Every recipe is converted into a temporary folder and loaded; a row tells, of nano's held-out prompts:
+
+    bits            per weight, those of scales included
+    KL causal       KL(original || quantised) of next-token distributions, mean nats per position of prompt + answer
+    KL 25/50/75 %   the same of one denoising pass behind the prompt, without self-conditioning, over a canvas
+                    (answer, end, pads) of which so many positions are uniform ids, the same ids for all models;
+                    the mean is over the positions of the answer and its end, pads would dilute it
+    steps           denoising passes until the stop rule fires, mean per answer
+    diffusion, ar   exact match in %, the checkpoint's own sampler and greedy decoding, all tasks together; each
+                    with the difference to the original, in points, and its 95 % interval, paired by prompt
+
+Both modes answer `--count` prompts a task, those with seeds from `--seed` on; KL takes at most 10 texts a task.
+A second table has the exact match of each task. Arithmetic, which nano has not learnt, is not among them.
+An interval of 0 says that no answer turned from right to wrong or back, not that none ever would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma import convert, load, stream_generate
+from mlx_dgemma.command import run_command
+from mlx_dgemma.convert.conversion import Conversion, Options
+from mlx_dgemma.convert.recipes import RECIPES, get_recipe
+from mlx_dgemma.errors import UsageError
+from mlx_dgemma.loading import resolve
+from mlx_dgemma.prompt import encode_prompt
+
+from .measure import environment
+from .nano.score import LONGEST_COUNT, paired
+from .nano.tasks import held_out
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_dgemma.model import DiffusionGemma
+
+TASKS = ("json", "edit", "function", "sudoku", "reverse")
+MODES: dict[str, dict[str, Any]] = {"diffusion": {}, "ar": {"mode": "ar", "temperature": 0.0}}
+NOISE = (0.25, 0.5, 0.75)
+MOST_TEXTS = 10  # a task, for KL: their positions are thousands
+KINDS = ("causal", *(f"{level:.0%}" for level in NOISE))
+Records = dict[str, dict[str, list[dict[str, Any]]]]  # mode -> task -> a record per prompt
+Logs = tuple[mx.array, ...]  # log-probabilities (positions, V) of each of KINDS
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt, its right answer with the end, and canvases of the answer, one a level of noise."""
+
+    prompt: list[int]
+    answer: list[int]
+    canvases: np.ndarray
+
+    def logs(self, model: DiffusionGemma) -> Logs:
+        """What the model says of it."""
+        cache, counted = model.make_cache(), len(self.answer)
+        hidden = [model.encode(mx.array([self.prompt]), cache)]
+        noised = [model.denoise(mx.array(canvas[None]), cache)[0, :counted] for canvas in self.canvases]
+        hidden.append(model.encode(mx.array([self.answer]), cache))
+        causal = model.logits(mx.concatenate(hidden, axis=1))[0]
+        logs = tuple(z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (causal, *noised))
+        mx.eval(logs)
+        return logs
+
+
+def texts(model: DiffusionGemma, tokenizer: TokenizerWrapper, count: int, seed: int) -> list[Text]:
+    """`count` held-out texts a task, and their noise."""
+    length, vocab = model.config.canvas_length, model.config.vocab_size
+    made, chance = [], np.random.default_rng(seed % (1 << 64))
+    for example in (example for task in TASKS for example in held_out()[task][:count]):
+        answer = tokenizer.encode(example.answer + "<turn|>", add_special_tokens=False)[:length]
+        clean = np.array(answer + [model.generation_config.pad_token_id] * (length - len(answer)))
+        canvases = np.stack([clean] * len(NOISE))
+        for canvas, level in zip(canvases, NOISE, strict=True):
+            places = chance.permutation(length)[: round(level * length)]
+            canvas[places] = chance.integers(vocab, size=len(places))
+        made.append(Text(encode_prompt(tokenizer, example.prompt), answer, canvases))
+    return made
+
+
+def divergences(original: Sequence[Logs], other: Iterable[Logs]) -> dict[str, float]:
+    """KL(original || other) of each kind, mean nats per position."""
+    sums, positions = np.zeros(len(KINDS)), np.zeros(len(KINDS))
+    for ours, theirs in zip(original, other, strict=True):
+        sums += [(mx.exp(p) * (p - q)).sum().item() for p, q in zip(ours, theirs, strict=True)]
+        positions += [len(p) for p in ours]
+    return dict(zip(KINDS, (sums / positions).tolist(), strict=True))
+
+
+def answers(model: DiffusionGemma, tokenizer: TokenizerWrapper, count: int, seed: int) -> Records:
+    """Both modes' answers to `count` prompts a task: whether they are right, and the steps they took."""
+    from tqdm import tqdm
+
+    records: Records = {mode: {task: [] for task in TASKS} for mode in MODES}
+    for mode, task in tqdm([(mode, task) for mode in MODES for task in TASKS], unit="task", leave=False):
+        for number, example in enumerate(held_out()[task][:count]):
+            responses = list(stream_generate(model, tokenizer, example.prompt, seed=seed + number, **MODES[mode]))
+            right = "".join(response.text for response in responses) == example.answer
+            records[mode][task].append({"right": right, "steps": responses[-1].denoise_forwards})
+    return records
+
+
+def flat(tasks: dict[str, list[dict]]) -> list[dict]:
+    return [record for records in tasks.values() for record in records]
+
+
+def exact(records: Sequence[dict]) -> float:
+    """Right answers, in %."""
+    return 100 * sum(record["right"] for record in records) / len(records)
+
+
+class Comparison:
+    """The original, what it says and answers, and rows of what is compared with it."""
+
+    def __init__(self, name: str, count: int, seed: int):
+        self.name, self.count, self.seed = name, count, seed
+        self.model, self.tokenizer = load(name)
+        self.texts = texts(self.model, self.tokenizer, min(count, MOST_TEXTS), seed)
+        self.logs = [text.logs(self.model) for text in self.texts]
+        self.records = answers(self.model, self.tokenizer, count, seed)
+
+    def original(self) -> dict[str, Any]:
+        return self._row("bf16", self.logs, self.records)  # a recipe without a rule: every tensor as it is
+
+    def recipe(self, recipe: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = convert(self.name, Path(folder) / "model", quant_recipe=recipe, progress=False)
+            model, tokenizer = load(str(path))
+            logs = (text.logs(model) for text in self.texts)
+            return self._row(recipe, logs, answers(model, tokenizer, self.count, self.seed))
+
+    def _row(self, recipe: str, logs: Iterable[Logs], records: Records) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "bits": Conversion(resolve(self.name), Options(quant_recipe=recipe)).bits_per_weight,
+            "kl": divergences(self.logs, logs),
+            "steps": float(np.mean([record["steps"] for record in flat(records["diffusion"])])),
+        }
+        for mode, tasks in records.items():
+            mean, half = paired(flat(tasks), flat(self.records[mode]))
+            each = {task: exact(answered) for task, answered in tasks.items()}
+            row[mode] = {"exact": exact(flat(tasks)), "difference": 100 * mean, "half": 100 * half, "tasks": each}
+        return row | {"records": records}
+
+
+def show(*cells: str, head: bool = False) -> None:
+    """Print a line of a Markdown table."""
+    for line in (cells, ["---"] * len(cells)) if head else (cells,):
+        print(f"| {' | '.join(line)} |", flush=True)
+
+
+def _command(args: argparse.Namespace) -> None:
+    if not 1 <= args.count <= LONGEST_COUNT:
+        raise UsageError(f"--count must lie in 1-{LONGEST_COUNT}, not {args.count}")
+    recipes = list(dict.fromkeys(args.recipe or RECIPES))
+    for recipe in recipes:
+        get_recipe(recipe)
+    comparison = Comparison(args.model, args.count, args.seed)
+    result = environment(args.model, comparison.model) | {"prompts a task": args.count, "first seed": args.seed}
+    print("\n".join(f"{key}: {value}" for key, value in result.items()), end="\n\n")
+    columns = [title for mode in MODES for title in (f"{mode} %", "difference")]
+    show("recipe", "bits", *(f"KL {kind}" for kind in KINDS), "steps", *columns, head=True)
+    rows = {}
+    for name in ("original", *recipes):
+        row = rows[name] = comparison.original() if name == "original" else comparison.recipe(name)
+        scores = [row[mode] for mode in MODES]
+        cells = [cell for s in scores for cell in (f"{s['exact']:.1f}", f"{s['difference']:+.1f} ± {s['half']:.1f}")]
+        kl = [f"{value:.2g}" for value in row["kl"].values()]
+        show(name, f"{row['bits']:.2f}", *kl, f"{row['steps']:.2f}", *cells)
+    print()
+    show("diffusion % / ar %", *TASKS, head=True)
+    for name, row in rows.items():
+        show(name, *(" / ".join(f"{row[mode]['tasks'][task]:.1f}" for mode in MODES) for task in TASKS))
+    if args.json:
+        args.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.quantisation", description="Measure what each recipe of the converter costs in quality."
+    )
+    add = parser.add_argument
+    add("--model", default="nano", help='floats that answer nano\'s tasks: a folder or "nano" (default: nano)')
+    add("--recipe", action="append", metavar="NAME|FILE", help="may be repeated (default: all there are)")
+    add("--count", type=int, default=200, help=f"prompts a task, at most {LONGEST_COUNT} (default: 200)")
+    add("--seed", type=int, default=0, help="of a task's first prompt; the next have the next ones (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="write what is printed, and each answer's record")
+    add("--debug", action="store_true", help="show a traceback if something fails")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(_command, argument_parser(), argv)
+
+
+if __name__ == "__main__":
+    main()
