@@ -11,16 +11,15 @@ if TYPE_CHECKING:
 
 BASE_MODEL = "google/diffusiongemma-26B-A4B-it"
 USE = {
-    "mlx": "mlx_dgemma.generate --model {name} --prompt ...",
-    "gemma4": "mlx_lm.generate --model {name} --prompt ...",
-    "hf": "transformers: DiffusionGemmaForBlockDiffusion.from_pretrained({name!r})",
+    "mlx": "mlx_dgemma.generate --model PATH --prompt ...",
+    "gemma4": "mlx_lm.generate --model PATH --prompt ...",
+    "hf": "transformers: DiffusionGemmaForBlockDiffusion.from_pretrained('PATH')",
 }
 
 
-def card(conversion: Conversion, name: str = "PATH") -> str:
+def card(conversion: Conversion) -> str:
     """README.md: front matter as the Hub reads it, how it was made, and how it is run."""
-    options, source = conversion.options, conversion.source
-    recipe = options.recipe()
+    options, source, recipe = conversion.options, conversion.source, conversion.recipe
     library = "transformers" if options.export == "hf" else "mlx"
     made = f"recipe {recipe.name}" if recipe else "floats"
     return f"""---
@@ -36,7 +35,7 @@ Made by mlx_dgemma {__version__} from `{source.folder.name}` ({source.form}):
 
     {_command(conversion)}
 
-Run it: `{USE[options.export].format(name=name)}`
+Run it: `{USE[options.export]}`
 """
 
 

@@ -76,13 +76,13 @@ class Conversion:
     """A source, opened, and what is to become of it. Raises InputError for a source that is not whole."""
 
     def __init__(self, folder: Path, options: Options):
-        self.options, recipe = options, options.recipe()
+        self.options, self.recipe = options, options.recipe()
         self.source = Source.open(folder)
-        if self.source.form != "float" and recipe is None and not options.dequantize:
+        if self.source.form != "float" and self.recipe is None and not options.dequantize:
             raise UsageError(f"{folder}: is quantised ({self.source.form}); say --dequantize, -q or --quant-recipe")
         self.tensors = {name: tensor for name, tensor in self.source.tensors().items() if self._is_kept(name)}
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        self.plan: Plan = plan(recipe or get_recipe("bf16"), modules(self.shapes))
+        self.plan: Plan = plan(self.recipe or get_recipe("bf16"), modules(self.shapes))
 
     def _is_kept(self, name: str) -> bool:
         return self.options.export != "gemma4" or gemma4_name(name) is not None
@@ -95,8 +95,8 @@ class Conversion:
         dtype, scheme = self.dtype_of(tensor), self.scheme_of(name)
         return self._quantised(name, tensor, dtype, scheme) if scheme else self._plain(name, tensor, dtype)
 
-    def dtype_of(self, tensor: FloatTensor) -> str:
-        """Of its floats, or of its scales."""
+    def dtype_of(self, tensor: FloatTensor | Source) -> str:
+        """Of its floats, or of its scales; of a source: of most."""
         return DTYPES[self.options.dtype] if self.options.dtype else tensor.dtype
 
     def scheme_of(self, name: str) -> Scheme | None:
@@ -156,8 +156,7 @@ class Conversion:
 
     @property
     def bits_per_weight(self) -> float:
-        size = ITEM_BYTES[DTYPES[self.options.dtype] if self.options.dtype else self.source.dtype]
-        return self.plan.bits_per_weight(self.shapes, size)
+        return self.plan.bits_per_weight(self.shapes, ITEM_BYTES[self.dtype_of(self.source)])
 
 
 def convert(

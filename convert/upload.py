@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ..errors import InputError, UsageError
+from ..loading import HUB_ID
 from .journal import JOURNAL
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_repo(repo: str) -> None:
@@ -17,18 +15,17 @@ def check_repo(repo: str) -> None:
         raise UsageError(f"upload_repo {repo!r} is not a Hub id (owner/name)")
 
 
-def upload(folder: Path, repo: str) -> str:
+def upload(folder: Path, repo: str) -> None:
     """Create `repo` if need be and send the folder. Files that an interrupted upload had sent are not sent again.
 
-    Returns the address. Raises InputError if the Hub refuses or cannot be reached.
+    Raises InputError if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        address = api.create_repo(repo, repo_type="model", exist_ok=True)
+        api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo, repo_type="model", folder_path=folder, ignore_patterns=[JOURNAL])
     except Exception as error:  # the hub client lets through what its HTTP library raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{repo}: the upload failed ({reason}); {folder} is whole, send it with hf upload") from None
-    return str(address)

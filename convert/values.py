@@ -45,13 +45,13 @@ def _dequantised(job: Job, reader: Reader, first: int, last: int, scheme: Scheme
 
 
 def _is_near(got: mx.array, expected: mx.array, scheme: Scheme, dtype: str) -> mx.array:
-    """Whether every group is within half a step, or the mode's bound."""
+    """Whether every group is within a step, or the mode's bound."""
     groups = expected.astype(mx.float32).reshape(-1, scheme.group_size)
     error = mx.abs(got.astype(mx.float32).reshape(groups.shape) - groups).max(axis=-1)
     largest = mx.abs(groups).max(axis=-1)
     if scheme.mode == "affine":
-        # zero is kept exactly, which may stretch a group's step by half of one
-        bound = 1.0 * (groups.max(axis=-1) - groups.min(axis=-1)) / (2**scheme.bits - 1) + ROUNDING[dtype] * largest
+        # half a step, and up to one at the far end of a group, whose step MLX fits so that zero is exact
+        bound = (groups.max(axis=-1) - groups.min(axis=-1)) / (2**scheme.bits - 1) + ROUNDING[dtype] * largest
     else:
         bound = LARGEST_ERROR[scheme.mode] * largest
     return mx.all(error <= bound)

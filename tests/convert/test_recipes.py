@@ -8,6 +8,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_dgemma.convert.command import RECIPE_NAMES
 from mlx_dgemma.convert.recipes import DEFAULTS, RECIPES, Scheme, get_recipe, modules, plan, uniform
 from mlx_dgemma.convert.sources import text_shapes
 from mlx_dgemma.errors import InputError, UsageError
@@ -252,3 +253,8 @@ def test_mistakes_in_a_file_are_one_line_with_file_and_rule(tmp_path, entries, s
 def test_an_unknown_recipe_names_those_there_are():
     with pytest.raises(UsageError, match=r"4bit: no such recipe \(default, mlx-community-4bit, 8bit, bf16, mxfp4, "):
         get_recipe("4bit")
+
+
+def test_the_help_names_the_recipes_that_there_are():
+    """`--help` lists them without loading MLX, so it cannot ask."""
+    assert RECIPE_NAMES.split(", ") == list(RECIPES)
