@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..loading import HUB_ID
 from ..version import __version__
 
 if TYPE_CHECKING:
-    from .conversion import Conversion
+    from .conversion import Conversion, Options
 
 BASE_MODEL = "google/diffusiongemma-26B-A4B-it"
 USE = {
-    "mlx": "mlx_dgemma.generate --model PATH --prompt ...",
-    "gemma4": "mlx_lm.generate --model PATH --prompt ...",
-    "hf": "transformers: DiffusionGemmaForBlockDiffusion.from_pretrained('PATH')",
+    "mlx": "mlx_dgemma.generate --model {name} --prompt ...",
+    "gemma4": "mlx_lm.generate --model {name} --prompt ...",
+    "hf": "transformers: DiffusionGemmaForBlockDiffusion.from_pretrained('{name}')",
 }
 
 
-def card(conversion: Conversion) -> str:
-    """README.md: front matter as the Hub reads it, how it was made, and how it is run."""
-    options, source, recipe = conversion.options, conversion.source, conversion.recipe
-    library = "transformers" if options.export == "hf" else "mlx"
-    made = f"recipe {recipe.name}" if recipe else "floats"
+def card(conversion: Conversion, source: str, name: str) -> str:
+    """README.md: front matter as the Hub reads it, how it was made, and how it is run.
+
+    Args:
+        source: what was converted, as it was named; of a path its last part, as nobody else has the others.
+        name: of the result.
+    """
+    options = conversion.options
+    if HUB_ID.fullmatch(source) and not Path(source).exists():
+        base = shown = source
+    else:
+        base, shown = BASE_MODEL, Path(source).name
     return f"""---
-library_name: {library}
-base_model: {BASE_MODEL}
+library_name: {"transformers" if options.export == "hf" else "mlx"}
+base_model: {base}
 pipeline_tag: text-generation
 ---
 
-# DiffusionGemma, {options.export}, {made}
+# {name.rsplit("/", 1)[-1]}
 
-{conversion.bits_per_weight:.3f} bits per weight.
-Made by mlx_dgemma {__version__} from `{source.folder.name}` ({source.form}):
+DiffusionGemma, export {options.export}, {_made(conversion)}: {conversion.bits_per_weight:.3f} bits per weight.
+Made by mlx_dgemma {__version__} from `{shown}` ({conversion.source.form}):
 
-    {_command(conversion)}
+    {_command(options, shown)}
 
-Run it: `{USE[options.export]}`
+Run it: `{USE[options.export].format(name=name)}`
 """
 
 
-def _command(conversion: Conversion) -> str:
-    options = conversion.options
-    words = ["mlx_dgemma.convert", "--hf-path", conversion.source.folder.name]
+def _made(conversion: Conversion) -> str:
+    if conversion.keeps:
+        return "quantised as its source is"
+    return f"recipe {conversion.recipe.name}" if conversion.recipe else "floats"
+
+
+def _command(options: Options, source: str) -> str:
+    words = ["mlx_dgemma.convert", "--hf-path", source]
     words += ["-q"] if options.quantize else []
     for name in ("q_bits", "q_group_size", "q_mode", "quant_recipe", "dtype"):
         value = getattr(options, name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..command import Parser, run_command
 
-RECIPE_NAMES = "default, mlx-community-4bit, 8bit, bf16, mxfp4, nvfp4, mxfp8"
+RECIPE_NAMES = "default, mlx-community-4bit, 8bit, bf16, mxfp4, nvfp4"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,8 @@ Source --tensors, as floats--> jobs --engine--> shards     (a slice of a tensor 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -18,16 +19,16 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import ITEM_BYTES
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..loading import read_generation_config, resolve
 from .card import card
+from .configs import gemma4_config, mlx_config
 from .engine import Job, require_new, run, verify
-from .gemma4 import gemma4_config
 from .journal import fingerprint
 from .names import gemma4_modules, gemma4_name, gemma4_parts, is_vision, mlx_name, module_of
 from .recipes import Plan, Recipe, Scheme, get_recipe, modules, plan, uniform
 from .shards import MLX, Output, to_bytes
-from .sources import FloatTensor, Source, slices
+from .sources import FloatTensor, Source, spans
 from .upload import check_repo, upload
 from .values import check_values
 
@@ -73,19 +74,36 @@ class Options:
 
 
 class Conversion:
-    """A source, opened, and what is to become of it. Raises InputError for a source that is not whole."""
+    """A source, opened, and what is to become of it.
+
+    Attributes:
+        keeps: whether what is quantised goes over as it is: MLX's own into Gemma 4's tree.
+
+    Raises InputError for a source that is not whole, UsageError for options that do not fit it.
+    """
 
     def __init__(self, folder: Path, options: Options):
         self.options, self.recipe = options, options.recipe()
         self.source = Source.open(folder)
-        if self.source.form != "float" and self.recipe is None and not options.dequantize:
+        is_untold = self.source.form != "float" and self.recipe is None and not options.dequantize
+        self.keeps = is_untold and options.export == "gemma4" and self.source.form == "mlx"
+        if is_untold and not self.keeps:
             raise UsageError(f"{folder}: is quantised ({self.source.form}); say --dequantize, -q or --quant-recipe")
-        self.tensors = {name: tensor for name, tensor in self.source.tensors().items() if self._is_kept(name)}
+        if self.keeps and options.dtype is not None:
+            raise UsageError(f"{folder}: is quantised and goes over as it is; leave dtype out, or quantise it anew")
+        is_wanted = gemma4_name if options.export == "gemma4" else str
+        self.tensors = {name: tensor for name, tensor in self.source.tensors().items() if is_wanted(name)}
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        self.plan: Plan = plan(self.recipe or get_recipe("bf16"), modules(self.shapes))
+        self.plan: Plan = self._plan()
 
-    def _is_kept(self, name: str) -> bool:
-        return self.options.export != "gemma4" or gemma4_name(name) is not None
+    def _plan(self) -> Plan:
+        if not self.keeps:
+            return plan(self.recipe or get_recipe("bf16"), modules(self.shapes))
+        for name, tensor in self.tensors.items():
+            if len(tensor.stored) > 1 and tensor.packed is None:
+                raise InputError(f"{self.source.folder}: {name} is stored expert by expert; say -q or --quant-recipe")
+        packed = {module_of(name): tensor.packed for name, tensor in self.tensors.items() if len(tensor.shape) > 1}
+        return Plan(modules(self.shapes), {module: own and own.scheme for module, own in packed.items()})
 
     def jobs(self) -> list[Job]:
         """A job per tensor of HF's tree, in its order."""
@@ -124,10 +142,11 @@ class Conversion:
             halves = len(targets)
             shape = rows if halves == 1 else [*rows[:-1], rows[-1] // halves]
             outputs += [Output(target, stored, (*shape, columns)) for target in targets]
-        return Job(tuple(outputs), partial(_quantise, tensor, dtype, scheme, halves))
+        parts = partial(_packed, tensor) if self.keeps else partial(_quantised, tensor, dtype, scheme)
+        return Job(tuple(outputs), partial(_in_halves, parts, halves))
 
-    def files(self) -> dict[str, bytes | Path]:
-        """config.json, tokenizer, generation config, model card."""
+    def files(self, source: str, name: str) -> dict[str, bytes | Path]:
+        """config.json, tokenizer, generation config, model card (of which `card` says what the arguments are)."""
         folder = self.source.folder
         files: dict[str, bytes | Path] = {
             path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()
@@ -137,7 +156,7 @@ class Conversion:
             ids = {"eos_token_id": list(generation.eos_token_ids) or None, "pad_token_id": generation.pad_token_id}
             files["generation_config.json"] = _json(ids | {"bos_token_id": self.source.config.bos_token_id})
         files["config.json"] = _json(self.config())
-        files["README.md"] = card(self).encode()
+        files["README.md"] = card(self, source, name).encode()
         return files
 
     def config(self) -> dict[str, Any]:
@@ -149,6 +168,8 @@ class Conversion:
             block = self.plan.block(gemma4_modules)
         else:
             config = {k: v for k, v in self.source.raw.items() if k not in ("quantization", "quantization_config")}
+            if self.options.export == "mlx":
+                config = mlx_config(config, self.source.config, has_vision=any(map(is_vision, self.tensors)))
             config, block = config | {"dtype": stored}, self.plan.block()
         if block is not None:
             config |= {"quantization": block, "quantization_config": block}
@@ -209,11 +230,13 @@ def convert(
             [source.folder / "config.json", *sorted({info.shard for info in source.checkpoint.tensors.values()})],
             vars(options) | {"plan": conversion.config()},
         ),
-        files=conversion.files(),
+        files=conversion.files(str(hf_path), upload_repo or Path(mlx_path).name),
         metadata={"format": "pt" if export == "hf" else "mlx"},
         progress=progress,
         total_parameters=sum(map(prod, conversion.shapes.values())),
     )
+    if progress:
+        print(f"{out}: {conversion.bits_per_weight:.3f} bits per weight", file=sys.stderr)
     if verify_output:
         verify(out, partial(check_values, conversion), progress=progress)
     if upload_repo is not None:
@@ -222,15 +245,26 @@ def convert(
 
 
 def _floats(tensor: FloatTensor, dtype: str) -> Iterator[tuple[int, memoryview]]:
-    for _, values in slices(tensor):
-        yield 0, to_bytes(values.astype(MLX[dtype]))
+    for first, last in spans(tensor):
+        yield 0, to_bytes(tensor.read(first, last).astype(MLX[dtype]))
 
 
-def _quantise(tensor: FloatTensor, dtype: str, scheme: Scheme, halves: int) -> Iterator[tuple[int, memoryview]]:
-    settings = scheme.settings()
-    for _, values in slices(tensor):
-        parts = mx.quantize(values.astype(MLX[dtype]), **settings)
-        pieces = [half for part in parts for half in (mx.split(part, halves, axis=-2) if halves > 1 else [part])]
+def _quantised(tensor: FloatTensor, dtype: str, scheme: Scheme) -> Iterator[Sequence[mx.array]]:
+    """Words, scales and, in affine mode, biases, rows after rows."""
+    for first, last in spans(tensor):
+        yield mx.quantize(tensor.read(first, last).astype(MLX[dtype]), **scheme.settings())
+
+
+def _packed(tensor: FloatTensor) -> Iterator[Sequence[mx.array]]:
+    """The same as the source has them."""
+    for first, last in spans(tensor):
+        yield tensor.packed.read(first, last)
+
+
+def _in_halves(parts: Callable[[], Iterator[Sequence[mx.array]]], halves: int) -> Iterator[tuple[int, memoryview]]:
+    """What a job produces of parts: each by itself, or its upper rows and its lower rows apart."""
+    for arrays in parts():
+        pieces = [half for array in arrays for half in (mx.split(array, halves, axis=-2) if halves > 1 else [array])]
         for index, piece in enumerate(pieces):
             yield index, to_bytes(piece)
 

@@ -107,10 +107,17 @@ def uniform(
 
 
 _DENSE = {"*.self_attn.*": Scheme(8, 64), "*.layers.*.mlp.*": Scheme(8, 64)}
+
+
+def _careful(name: str, mode: str) -> Recipe:
+    """Experts in a mode's 4 bits, attention and dense MLP in 8 bits, what every token passes through as it is."""
+    return _recipe(name, {"*.experts.*": Scheme.of(mode), **_DENSE})
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        _recipe("default", {"*.experts.*": Scheme(4, 64), **_DENSE}),
+        _careful("default", "affine"),
         # self-conditioning is what mlx-vlm's predicate leaves at the global 4 bits
         _recipe(
             "mlx-community-4bit",
@@ -118,9 +125,8 @@ RECIPES = {
         ),
         uniform("8bit", bits=8),
         _recipe("bf16", {}),
-        uniform("mxfp4", mode="mxfp4"),
-        uniform("nvfp4", mode="nvfp4"),
-        uniform("mxfp8", mode="mxfp8"),
+        _careful("mxfp4", "mxfp4"),
+        _careful("nvfp4", "nvfp4"),
     )
 }
 
@@ -193,12 +199,10 @@ class Plan:
     Args:
         modules: shapes by path.
         schemes: by path; None: stays as it is.
-        skipped: the modules that stay as they are because the group does not divide their width.
     """
 
     modules: Mapping[str, tuple[int, ...]]
     schemes: Mapping[str, Scheme | None]
-    skipped: tuple[str, ...] = ()
 
     def block(self, rename: Callable[[str], Sequence[str]] = lambda path: (path,)) -> dict[str, Any] | None:
         """config.json's `quantization`: the scheme of most weights, then other modules by path, false: not quantised.
@@ -240,26 +244,23 @@ class Plan:
         return 8 * self.nbytes(tensors, itemsize) / sum(prod(shape) for shape in tensors.values())
 
 
-def plan(recipe: Recipe, modules: Mapping[str, Sequence[int]], *, skip: bool = False) -> Plan:
+def plan(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> Plan:
     """Apply a recipe to modules, by path and shape.
 
-    Args:
-        skip: leave modules that a group does not divide as they are and list them in `Plan.skipped`
-            (mlx_lm leaves them out without a word). Otherwise they are refused.
-
     Raises:
-        InputError: a group does not divide a module's width, or a rule of a file matches no module.
+        InputError: a group does not divide a module's width (mlx_lm would leave that module out without a word),
+            or a rule of a file matches no module.
     """
     for number, rule in enumerate(recipe.rules if recipe.where else (), 1):
         if not any(map(rule.matches, modules)):
             raise InputError(f"{recipe.where}: rule {number}: {rule.pattern!r} matches no module that can be quantised")
     schemes = {path: recipe(path) for path in modules}
     unfit = [path for path, scheme in schemes.items() if scheme and not scheme.divides(modules[path])]
-    if unfit and not skip:
+    if unfit:
         path, others = unfit[0], f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
         raise InputError(
             f"recipe {recipe.name}: groups of {schemes[path].group_size} do not divide the width "
-            f"{modules[path][-1]} of {path}{others}; choose another group size or skip such modules"
+            f"{modules[path][-1]} of {path}{others}; choose another group size, or leave such modules as they are "
+            'by a rule with "bits": false'
         )
-    shapes = {path: tuple(shape) for path, shape in modules.items()}
-    return Plan(shapes, schemes | dict.fromkeys(unfit), tuple(unfit))
+    return Plan({path: tuple(shape) for path, shape in modules.items()}, schemes)

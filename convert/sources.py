@@ -56,6 +56,17 @@ class ReadRaw(Protocol):
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A matrix or stack by mx.quantize; `read`: rows [first, last) of the first axis of words, scales and biases."""
+
+    scheme: Scheme
+    read: Callable[[int, int], list[mx.array]]
+
+    def dequantised(self, first: int, last: int) -> mx.array:
+        return mx.dequantize(*self.read(first, last), **self.scheme.settings())
+
+
+@dataclass(frozen=True)
 class FloatTensor:
     """A tensor of HF's tree.
 
@@ -65,12 +76,14 @@ class FloatTensor:
         stored: what is read of the disk.
         read: rows [first, last) of the first axis as floats: stored ones as they are, MLX's as mx.dequantize gives
             them, compressed-tensors' in float32.
+        packed: the same as MLX has it quantised, None of what is not.
     """
 
     shape: tuple[int, ...]
     dtype: str
     stored: tuple[TensorInfo, ...]
     read: Callable[[int, int], mx.array]
+    packed: Packed | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -245,11 +258,9 @@ class Source:
                 "which config.json says it is"
             )
 
-        def read(first: int, last: int) -> mx.array:
-            arrays = [self._rows(info, first, last) for info in stored]
-            return mx.dequantize(*arrays, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
-
-        return FloatTensor(shape, others[0].dtype if scheme.mode == "affine" else self.dtype, stored, read)
+        packed = Packed(scheme, lambda first, last: [self._rows(info, first, last) for info in stored])
+        dtype = others[0].dtype if scheme.mode == "affine" else self.dtype
+        return FloatTensor(shape, dtype, stored, packed.dequantised, packed)
 
     def _scheme(self, stem: str) -> Scheme:
         """A module's own settings, where nn.quantize takes no mode for affine, or else those for all."""
@@ -366,11 +377,9 @@ def _check_compressed(settings: Mapping[str, Any], where: str) -> None:
             )
 
 
-def slices(tensor: FloatTensor, limit: int = CHUNK) -> Iterator[tuple[int, mx.array]]:
-    """(first row, values), at most `limit` bytes of float32 (or one row of the first axis) at a time."""
-    if not tensor.shape:
-        yield 0, tensor.read(0, 1)
-        return
+def spans(tensor: FloatTensor, limit: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Rows [first, last) of the first axis, at most `limit` bytes of float32 (or one row) at a time."""
+    count = tensor.shape[0] if tensor.shape else 1
     step = max(1, limit // (4 * prod(tensor.shape[1:])))
-    for first in range(0, tensor.shape[0], step):
-        yield first, tensor.read(first, min(first + step, tensor.shape[0]))
+    for first in range(0, count, step):
+        yield first, min(first + step, count)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shlex
+import sys
 from pathlib import Path
 
 from ..errors import InputError, UsageError
@@ -16,16 +19,34 @@ def check_repo(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str) -> None:
-    """Create `repo` if need be and send the folder. Files that an interrupted upload had sent are not sent again.
+    """Create `repo` if need be and send the folder. What an interrupted upload had sent is not sent again.
 
     Raises InputError if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, again = HfApi(), shlex.join(["hf", "upload", repo, str(folder), "--exclude", JOURNAL])
     try:
         api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo, repo_type="model", folder_path=folder, ignore_patterns=[JOURNAL])
+        return
+    except KeyboardInterrupt:
+        print(f"{folder} is whole, send the rest with: {again}", file=sys.stderr)
+        raise
     except Exception as error:  # the hub client lets through what its HTTP library raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{repo}: the upload failed ({reason}); {folder} is whole, send it with hf upload") from None
+        reason = " ".join(_reason(error).split())[:200]
+    gc.collect()  # progress bars that the client leaves open are drawn once more when they go: now, not after our line
+    raise InputError(f"{repo}: the upload failed ({reason}); {folder} is whole, send the rest with: {again}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the Hub answered, else what went wrong first: the client puts texts of its own around both."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    if not isinstance(error, HfHubHTTPError):
+        return f"{type(error).__name__}: {error}"
+    response = error.response
+    hint = "; hf auth login stores a token" if response.status_code == 401 else ""
+    return f"{response.status_code} {response.reason_phrase}: {error.server_message or response.url}{hint}"

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..errors import InputError
 from .recipes import Scheme
 from .shards import MLX, Reader
-from .sources import slices
+from .sources import spans
 
 if TYPE_CHECKING:
     from .conversion import Conversion
@@ -25,13 +25,13 @@ def check_values(conversion: Conversion, reader: Reader) -> None:
     """Raise InputError naming the first tensor of `reader` that is not what the source has."""
     for (name, tensor), job in zip(conversion.tensors.items(), conversion.jobs(), strict=True):
         dtype, scheme = conversion.dtype_of(tensor), conversion.scheme_of(name)
-        for first, values in slices(tensor):
-            last = first + (values.shape[0] if tensor.shape else 1)
-            expected = values.astype(MLX[dtype])
+        for first, last in spans(tensor):
+            expected = tensor.read(first, last).astype(MLX[dtype])
             if scheme is None:
                 is_right = mx.array_equal(reader.array(job.outputs[0].name, first, last), expected, equal_nan=True)
             else:
-                is_right = _is_near(_dequantised(job, reader, first, last, scheme), expected, scheme, dtype)
+                got = _dequantised(job, reader, first, last, scheme)
+                is_right = mx.array_equal(got, expected) if conversion.keeps else _is_near(got, expected, scheme, dtype)
             if not is_right:
                 raise InputError(f"{name}: what was written is not what the source has; convert it again")
 

@@ -151,7 +151,7 @@ def test_gemma4_parts_are_disjoint_and_quantised_stacks_are_halved():
 
 
 def gemma4_config(config: ModelConfig) -> dict:
-    from mlx_dgemma.convert.gemma4 import gemma4_config
+    from mlx_dgemma.convert.configs import gemma4_config
 
     return gemma4_config(config, (1,), "float32")
 
