@@ -1,8 +1,10 @@
 """What quantisation costs: each of the converter's recipes beside the floats that it was made from.
 
-    python -m benchmarks.quantisation [--model nano] [--recipe NAME|FILE ...] [--count 200] [--seed 0] [--json FILE]
+    python -m benchmarks.quantisation [--model nano] [--recipe NAME|FILE ...] [--q-mode MODE ...] [--count 200]
+                                      [--seed 0] [--json FILE]
 
-Every recipe is converted into a temporary folder and loaded; a row tells, of nano's held-out prompts:
+Every recipe, and every mode of -q, is converted into a temporary folder and loaded; a row tells, of nano's held-out
+prompts:
 
     bits            per weight, those of scales included
     KL causal       KL(original || quantised) of next-token distributions, mean nats per position of prompt + answer
@@ -34,7 +36,7 @@ import numpy as np
 from mlx_dgemma import convert, load, stream_generate
 from mlx_dgemma.command import run_command
 from mlx_dgemma.convert.conversion import Conversion, Options
-from mlx_dgemma.convert.recipes import RECIPES, get_recipe
+from mlx_dgemma.convert.recipes import DEFAULTS, RECIPES, Scheme, get_recipe
 from mlx_dgemma.errors import UsageError
 from mlx_dgemma.loading import resolve
 from mlx_dgemma.prompt import encode_prompt
@@ -134,18 +136,18 @@ class Comparison:
         self.records = answers(self.model, self.tokenizer, count, seed)
 
     def original(self) -> dict[str, Any]:
-        return self._row("bf16", self.logs, self.records)  # a recipe without a rule: every tensor as it is
+        return self._row({}, self.logs, self.records)
 
-    def recipe(self, recipe: str) -> dict[str, Any]:
+    def converted(self, options: dict[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            path = convert(self.name, Path(folder) / "model", quant_recipe=recipe, progress=False)
+            path = convert(self.name, Path(folder) / "model", **options, progress=False)
             model, tokenizer = load(str(path))
             logs = (text.logs(model) for text in self.texts)
-            return self._row(recipe, logs, answers(model, tokenizer, self.count, self.seed))
+            return self._row(options, logs, answers(model, tokenizer, self.count, self.seed))
 
-    def _row(self, recipe: str, logs: Iterable[Logs], records: Records) -> dict[str, Any]:
+    def _row(self, options: dict[str, Any], logs: Iterable[Logs], records: Records) -> dict[str, Any]:
         row: dict[str, Any] = {
-            "bits": Conversion(resolve(self.name), Options(quant_recipe=recipe)).bits_per_weight,
+            "bits": Conversion(resolve(self.name), Options(**options)).bits_per_weight,
             "kl": divergences(self.logs, logs),
             "steps": float(np.mean([record["steps"] for record in flat(records["diffusion"])])),
         }
@@ -162,20 +164,30 @@ def show(*cells: str, head: bool = False) -> None:
         print(f"| {' | '.join(line)} |", flush=True)
 
 
+def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows by name and the converter's options for them. Raises UsageError, InputError."""
+    everything = args.recipe is None and args.q_mode is None
+    recipes, modes = (RECIPES, DEFAULTS) if everything else (args.recipe or (), args.q_mode or ())
+    for recipe in recipes:
+        get_recipe(recipe)
+    for mode in modes:
+        Scheme.of(mode)
+    ways: dict[str, dict[str, Any]] = {recipe: {"quant_recipe": recipe} for recipe in recipes}
+    return ways | {f"-q {mode}": {"quantize": True, "q_mode": mode} for mode in modes}
+
+
 def _command(args: argparse.Namespace) -> None:
     if not 1 <= args.count <= LONGEST_COUNT:
         raise UsageError(f"--count must lie in 1-{LONGEST_COUNT}, not {args.count}")
-    recipes = list(dict.fromkeys(args.recipe or RECIPES))
-    for recipe in recipes:
-        get_recipe(recipe)
+    ways = chosen(args)
     comparison = Comparison(args.model, args.count, args.seed)
     result = environment(args.model, comparison.model) | {"prompts a task": args.count, "first seed": args.seed}
     print("\n".join(f"{key}: {value}" for key, value in result.items()), end="\n\n")
     columns = [title for mode in MODES for title in (f"{mode} %", "difference")]
     show("recipe", "bits", *(f"KL {kind}" for kind in KINDS), "steps", *columns, head=True)
     rows = {}
-    for name in ("original", *recipes):
-        row = rows[name] = comparison.original() if name == "original" else comparison.recipe(name)
+    for name, options in {"original": None, **ways}.items():
+        row = rows[name] = comparison.original() if options is None else comparison.converted(options)
         scores = [row[mode] for mode in MODES]
         cells = [cell for s in scores for cell in (f"{s['exact']:.1f}", f"{s['difference']:+.1f} ± {s['half']:.1f}")]
         kl = [f"{value:.2g}" for value in row["kl"].values()]
@@ -194,7 +206,8 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="nano", help='floats that answer nano\'s tasks: a folder or "nano" (default: nano)')
-    add("--recipe", action="append", metavar="NAME|FILE", help="may be repeated (default: all there are)")
+    add("--recipe", action="append", metavar="NAME|FILE", help="may be repeated (default: all, and all modes)")
+    add("--q-mode", action="append", metavar="MODE", help="every module alike in this mode; may be repeated")
     add("--count", type=int, default=200, help=f"prompts a task, at most {LONGEST_COUNT} (default: 200)")
     add("--seed", type=int, default=0, help="of a task's first prompt; the next have the next ones (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write what is printed, and each answer's record")

@@ -51,7 +51,7 @@ Run it: `{USE[options.export].format(name=name)}`
 def _made(conversion: Conversion) -> str:
     if conversion.keeps:
         return "quantised as its source is"
-    return f"recipe {conversion.recipe.name}" if conversion.recipe else "floats"
+    return f"quantised by {conversion.recipe.name}" if conversion.recipe else "floats"
 
 
 def _command(options: Options, source: str) -> str:

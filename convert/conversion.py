@@ -151,8 +151,8 @@ class Conversion:
         files: dict[str, bytes | Path] = {
             path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()
         }
+        generation = read_generation_config(folder, self.source.config)  # what nobody could load is not passed on
         if self.options.export == "gemma4":
-            generation = read_generation_config(folder, self.source.config)
             ids = {"eos_token_id": list(generation.eos_token_ids) or None, "pad_token_id": generation.pad_token_id}
             files["generation_config.json"] = _json(ids | {"bos_token_id": self.source.config.bos_token_id})
         files["config.json"] = _json(self.config())

@@ -32,6 +32,7 @@ from .journal import JOURNAL, Journal, manifest, record
 from .shards import PART, SHARD, Output, Reader, Shard, TensorWriter, plan, to_bytes
 
 CONFIG = "config.json"  # without it nothing is a checkpoint, so it is written last
+SLACK = 1 << 20  # of the disk, for journal, index and blocks that are not full
 TASKS, AHEAD = 16, 64 << 20  # chunks and bytes that may wait for the disk
 
 Files = Mapping[str, bytes | Path]
@@ -159,7 +160,7 @@ def _is_there(work: Path, shard: Shard) -> bool:
 
 def _require_space(work: Path, journal: Journal, shards: list[Shard], files: Files) -> None:
     """Raises InputError if the disk cannot take what is still to be written."""
-    need = sum(shard.size - _finished(journal, shard) for shard in shards)
+    need = SLACK + sum(shard.size - _finished(journal, shard) for shard in shards)
     need += sum(content.stat().st_size if isinstance(content, Path) else len(content) for content in files.values())
     free = shutil.disk_usage(work).free
     if need > free:

@@ -97,7 +97,7 @@ def _recipe(name: str, rules: Mapping[str, Scheme]) -> Recipe:
 
 
 def uniform(
-    name: str = "uniform", *, bits: int | None = None, group_size: int | None = None, mode: str | None = None
+    name: str = "-q", *, bits: int | None = None, group_size: int | None = None, mode: str | None = None
 ) -> Recipe:
     """What -q alone means, as in mlx_lm: every module alike, but for Gemma 4's routers at 8 bits in groups of 64.
 
@@ -259,7 +259,7 @@ def plan(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> Plan:
     if unfit:
         path, others = unfit[0], f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
         raise InputError(
-            f"recipe {recipe.name}: groups of {schemes[path].group_size} do not divide the width "
+            f"quantised by {recipe.where or recipe.name}: groups of {schemes[path].group_size} do not divide the width "
             f"{modules[path][-1]} of {path}{others}; choose another group size, or leave such modules as they are "
             'by a rule with "bits": false'
         )

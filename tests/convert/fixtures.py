@@ -12,6 +12,9 @@ which is the package's values in float32 by HF's names.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from mlx_dgemma.model import DiffusionGemma
 from tests.helpers import random_model, with_text
 
 DATA = Path(__file__).parent / "data"
+QUIET = {"progress": False}
 PRESETS = {"fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4"}  # compressed-tensors' names, as llm-compressor uses them
 # as little as groups of 16 allow
 SMALL = with_text(
@@ -82,6 +86,81 @@ def per_expert(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
         for part in expert_parts(name, array.shape[0]):
             out[f"{part.name}.weight"] = array[part.slices(array.shape)][0]
     return out
+
+
+def tensors_of(folder: Path) -> dict[str, mx.array]:
+    return {name: array for path in sorted(folder.glob("*.safetensors")) for name, array in mx.load(str(path)).items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def quick_disk(monkeypatch) -> None:
+    """A fixture: in this process nobody pulls the plug."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+class Commands:
+    """Runs mlx_dgemma.convert, each time in a process of its own, but imports what takes long only once."""
+
+    SERVER = """
+import json, os, resource, signal, sys, traceback
+import mlx_dgemma.convert.conversion  # all that takes long to import
+from mlx_dgemma.convert.command import main
+
+folder = sys.argv[1]
+for line in sys.stdin:
+    argv, largest = json.loads(line)
+    said = [open(os.path.join(folder, name), "w") for name in ("stdout", "stderr")]
+    pid = os.fork()
+    if not pid:
+        signal.alarm(60)  # what hangs is killed
+        for handle, file in enumerate(said, 1):
+            os.dup2(file.fileno(), handle)
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # Python ignores SIGXFSZ: it is an OSError
+        status = 99
+        try:
+            main(argv)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+    def __init__(self, folder: Path):
+        """Stdout and stderr of the latest run lie in a folder."""
+        self.folder = folder
+
+    def __enter__(self) -> Commands:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._server = subprocess.Popen([sys.executable, "-c", self.SERVER, str(self.folder)], **pipes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+    def start(self, *argv: object, largest: int | None = None) -> int:
+        """Begin a conversion that may write files of at most so many bytes; its process id."""
+        print(json.dumps([[str(word) for word in argv], largest]), file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())
+
+    def wait(self) -> tuple[int, str, str]:
+        """(status, stdout, stderr) of what was started; a status below 0 is the signal that killed it."""
+        status = int(self._server.stdout.readline())
+        return status, *((self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+
+    def run(self, *argv: object, largest: int | None = None) -> tuple[int, str, str]:
+        self.start(*argv, largest=largest)
+        return self.wait()
 
 
 def quantised(model: DiffusionGemma, plan: Plan) -> dict[str, mx.array]:

@@ -1,18 +1,9 @@
-"""The converter as a user runs it: what it writes, what it says of mistakes, what damage and kills do to it."""
+"""The converter as a user runs it: what it writes and what it says of mistakes."""
 
 import json
-import os
-import pickle
-import random
 import re
 import shutil
-import signal
 import struct
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,21 +17,31 @@ import mlx_dgemma
 from benchmarks.measure import spare_compiler
 from mlx_dgemma.checkpoint import INDEX, module_name
 from mlx_dgemma.convert.command import main
-from mlx_dgemma.convert.journal import JOURNAL
+from mlx_dgemma.convert.conversion import Conversion, Options
 from mlx_dgemma.convert.names import is_vision, mlx_name
 from mlx_dgemma.convert.recipes import RECIPES
-from mlx_dgemma.errors import InputError, UsageError
+from mlx_dgemma.errors import UsageError
 from mlx_dgemma.loading import EMBEDDED, load_model
-from tests.convert.fixtures import DATA, SMALL, VISION, WIDE, hf_tensors, per_expert, write
-from tests.helpers import with_text
-from tests.test_loading import shard
+from tests.convert.fixtures import (
+    DATA,
+    QUIET,
+    SMALL,
+    VISION,
+    WIDE,
+    contents,
+    hf_tensors,
+    per_expert,
+    quick_disk,
+    tensors_of,
+    write,
+)
 
-QUIET = {"progress": False}
 PROMPT = "json name=Ann age=31 city=Oslo"
-MODES = {  # of -q, other than what a recipe of the same name does
+MODES = {  # of -q
     "-q": [],
     "-q 6 bits": ["--q-bits", "6", "--q-group-size", "32"],
     "-q 3 bits": ["--q-bits", "3", "--q-group-size", "32"],
+    **{f"-q {mode}": ["--q-mode", mode] for mode in ("mxfp4", "nvfp4", "mxfp8")},
 }
 WAYS = {name: ["--quant-recipe", name] for name in RECIPES} | {name: ["-q", *rest] for name, rest in MODES.items()}
 VISION_CONFIG = {"hidden_size": 16, "model_type": "diffusion_gemma_vision"}
@@ -58,10 +59,6 @@ def command(capsys, *argv: object) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
-def tensors_of(folder: Path) -> dict[str, mx.array]:
-    return {name: array for path in sorted(folder.glob("*.safetensors")) for name, array in mx.load(str(path)).items()}
-
-
 def same(got: mx.array, expected: mx.array) -> bool:
     """Bit for bit, NaN and the sign of zero included."""
     if got.dtype != expected.dtype or got.shape != expected.shape:
@@ -75,10 +72,7 @@ def with_vision(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> Path:
     return write(folder, WIDE | {"vision_config": VISION_CONFIG}, hf_tensors(WIDE, dtype))
 
 
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch):
-    """In this process nobody pulls the plug."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+_quick_disk = pytest.fixture(autouse=True)(quick_disk)
 
 
 @pytest.fixture(scope="module")
@@ -143,31 +137,48 @@ def test_nano_every_way_by_the_command(way, tmp_path, capsys):
     made = f"mlx_dgemma.convert --hf-path {EMBEDDED.name} {' '.join(WAYS[way])}"
     assert [line.strip() for line in card.splitlines() if "mlx_dgemma.convert" in line] == [made]
     if way in RECIPES and way != "bf16":
-        assert f"recipe {way}" in card
+        assert f"quantised by {way}:" in card
     bits = 8 * index["metadata"]["total_size"] / index["metadata"]["total_parameters"]
-    assert float(re.search(r"^([\d.]+) bits per weight", card, re.MULTILINE)[1]) == pytest.approx(bits, abs=6e-4)
+    assert float(re.search(r": ([\d.]+) bits per weight", card)[1]) == pytest.approx(bits, abs=6e-4)
     for name in TOKENIZER:
         assert (out / name).read_bytes() == (EMBEDDED / name).read_bytes()
 
 
 def test_the_function_does_what_the_command_does(tmp_path, capsys):
-    assert command(capsys, "--hf-path", "nano", "--mlx-path", tmp_path / "a", "-q", "--q-mode", "mxfp8")[0] == 0
-    out = mlx_dgemma.convert("nano", tmp_path / "b", quantize=True, q_mode="mxfp8", **QUIET)
-    assert out == tmp_path / "b"
-    assert contents(out) == contents(tmp_path / "a")
+    (tmp_path / "function").mkdir()
+    assert command(capsys, "--hf-path", "nano", "--mlx-path", tmp_path / "out", "-q", "--q-mode", "mxfp8")[0] == 0
+    out = mlx_dgemma.convert("nano", tmp_path / "function" / "out", quantize=True, q_mode="mxfp8", **QUIET)
+    assert out == tmp_path / "function" / "out"
+    assert contents(out) == contents(tmp_path / "out")
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("mode", [["--q-bits", "8"], *(["--q-mode", mode] for mode in ("mxfp4", "nvfp4", "mxfp8"))])
-def test_a_mode_of_q_is_the_recipe_of_its_name(mode, tmp_path, capsys):
-    for out, how in (("q", ["-q", *mode]), ("recipe", ["--quant-recipe", mode[1] if mode[1] != "8" else "8bit"])):
+@pytest.mark.parametrize("export", ["mlx", "hf", "gemma4"])
+def test_a_generation_config_that_nobody_could_load_is_not_passed_on(export, tmp_path, capsys):
+    source = tmp_path / "in"
+    shutil.copytree(EMBEDDED, source)
+    (source / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    status, out, err = command(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out", "--export", export)
+    assert (status, out) == (1, "") and "generation_config.json" in err and len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_card_names_what_was_converted_and_no_path(tmp_path):
+    source = shutil.copytree(EMBEDDED, tmp_path / "secret" / "mine")
+    out = mlx_dgemma.convert(source, tmp_path / "out", quantize=True, **QUIET)
+    card = (out / "README.md").read_text()
+    assert "`mine` (float)" in card and "secret" not in card and str(tmp_path) not in card
+    assert "base_model: google/diffusiongemma-26B-A4B-it" in card and "--model out " in card
+    conversion = Conversion(EMBEDDED, Options())
+    card = conversion.files("someone/tuned", "me/tuned-mlx")["README.md"].decode()
+    assert "base_model: someone/tuned" in card and "# tuned-mlx" in card and "--model me/tuned-mlx " in card
+
+
+def test_8_bits_are_the_recipe_of_that_name(tmp_path, capsys):
+    for out, how in (("q", ["-q", "--q-bits", "8"]), ("recipe", ["--quant-recipe", "8bit"])):
         assert command(capsys, "--hf-path", "nano", "--mlx-path", tmp_path / out, *how)[0] == 0
     for name in ("model.safetensors", "config.json", INDEX):
         assert (tmp_path / "q" / name).read_bytes() == (tmp_path / "recipe" / name).read_bytes()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- values
@@ -333,7 +344,10 @@ def test_export_hf_of_a_quantised_checkpoint_takes_dequantize(quantised, tmp_pat
     assert tensors_of(out).keys() == hf_tensors(WIDE).keys()
 
 
-@pytest.mark.parametrize("way", ["default", "mlx-community-4bit", "mxfp4", "nvfp4", "mxfp8", "-q 3 bits"])
+QUANTISED = [way for way in WAYS if way not in ("bf16", "8bit", "-q", "-q 6 bits")]
+
+
+@pytest.mark.parametrize("way", QUANTISED)
 def test_export_gemma4_quantised_gives_our_logits(way, tmp_path, capsys, monkeypatch):
     """But for MLX's embedding, which is bfloat16 in mx modes (logits are then off by 0.02)."""
     embedding = nn.QuantizedEmbedding.__call__
@@ -353,6 +367,26 @@ def test_export_gemma4_quantised_gives_our_logits(way, tmp_path, capsys, monkeyp
         assert any("scales" in path for path, _ in tree_flatten(theirs.parameters()))
     finally:
         mx.enable_compile()
+
+
+@pytest.mark.parametrize("way", QUANTISED)
+def test_export_gemma4_of_a_quantised_checkpoint_goes_over_as_it_is(way, tmp_path, capsys):
+    """No requantisation: what is written is what the floats give at once, and what the source holds."""
+    for out, argv in (
+        ("quantised", ["--hf-path", "nano", *WAYS[way]]),
+        ("straight", ["--hf-path", "nano", *WAYS[way], "--export", "gemma4"]),
+        ("through", ["--hf-path", tmp_path / "quantised", "--export", "gemma4", "--verify"]),
+    ):
+        assert command(capsys, *argv, "--mlx-path", tmp_path / out)[0] == 0
+    straight, through = (contents(tmp_path / name) for name in ("straight", "through"))
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert through[name] == straight[name], name
+
+
+def test_what_goes_over_as_it_is_keeps_its_dtype(quantised, tmp_path, capsys):
+    argv = ["--hf-path", quantised, "--mlx-path", tmp_path / "out", "--export", "gemma4", "--dtype", "float16"]
+    status, out, err = command(capsys, *argv)
+    assert (status, out) == (2, "") and "leave dtype out" in err and len(err.splitlines()) == 1
 
 
 # --- options
@@ -408,357 +442,6 @@ def test_mistakes_are_one_line_and_write_nothing(name, quantised, tmp_path, caps
     assert (status, out) == (expected, "")
     assert len(err.splitlines()) == 1 and words in err and "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# --- damage: whatever is done to a checkpoint, one line and no output, or an output that is whole
-
-
-class Trap:
-    """Whoever unpickles this writes where nothing is to be written."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-FORMS = ("float", "mlx", "fp8", "nvfp4")
-
-
-@pytest.fixture(scope="module")
-def pristine(workplace) -> dict[str, tuple[Path, dict]]:
-    """Small checkpoints in each form, in two shards, and how they are converted."""
-    base = workplace / "pristine"
-    options = {form: {"dequantize": True} for form in FORMS} | {"float": {"dtype": "float16"}}
-    write(base / "float", SMALL, hf_tensors(SMALL))
-    rules = base / "rules.json"
-    rules.write_text('[{"pattern": "*.router.*", "bits": false}, {"pattern": "*", "mode": "nvfp4"}]')
-    mlx_dgemma.convert(base / "float", base / "mlx", quant_recipe=str(rules), **QUIET)
-    for form in ("fp8", "nvfp4"):
-        shutil.copytree(DATA / form, base / form, ignore=shutil.ignore_patterns("expected*"))
-    for form in FORMS:
-        shard(base / form, 2)
-    return {form: (base / form, options[form]) for form in FORMS}
-
-
-def a_shard(folder: Path, rng: random.Random) -> Path:
-    return rng.choice(sorted(folder.glob("model*.safetensors")))
-
-
-def truncated(folder: Path, rng: random.Random) -> None:
-    path = a_shard(folder, rng)
-    size = path.stat().st_size
-    lengths = [0, rng.randrange(1, 8), 8, rng.randrange(9, 3000), rng.randrange(size), size - 1]
-    os.truncate(path, rng.choice(lengths))
-
-
-def longer(folder: Path, rng: random.Random) -> None:
-    with a_shard(folder, rng).open("ab") as file:
-        file.write(bytes(rng.randrange(1, 50)))
-
-
-def header_bit(folder: Path, rng: random.Random, first: int = 8, last: int | None = None) -> None:
-    path = a_shard(folder, rng)
-    data = bytearray(path.read_bytes())
-    if last is None:
-        last = 8 + struct.unpack("<Q", data[:8])[0]
-    data[rng.randrange(first, last)] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-def header_edit(folder: Path, rng: random.Random) -> None:
-    path = a_shard(folder, rng)
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    name = rng.choice([name for name in header if name != "__metadata__"])
-    entry, others = header[name], ["F32", "F16", "BF16", "U32", "U8", "F8_E4M3", "I8", "I64", "F4", "object", 7, None]
-    first, last = entry["data_offsets"]
-    edits = {
-        "shape": [[], [1], [*entry["shape"], 1], [*entry["shape"][:-1], entry["shape"][-1] + 1], entry["shape"][::-1]],
-        "dtype": [dtype for dtype in others if dtype != entry["dtype"]],
-        "data_offsets": [[last, first], [-first - 1, last], [first, last + 8], [first, 1 << 62], [float("nan"), last]],
-    }
-    edits["shape"] += [[-1, -1], [0], [1 << 62, 1 << 62], [float("nan")], [2.0], "2", None, {}, [[2]], [True]]
-    edits["data_offsets"] += [[], [0], [first], [first, last, last], "0,8", None, {}, [0.0, float(last)], [False, last]]
-    kind = rng.choice([*edits, "name", "whole", "gone"])
-    if kind in edits:
-        entry[kind] = rng.choice(edits[kind])
-    elif kind == "name":
-        names = [
-            "",
-            "x",
-            "../../evil",
-            "a\nb",
-            "\x00",
-            f"{name}.weight",
-            name.upper(),
-            name.replace("0", "00"),
-            "é" * 9,
-        ]
-        header[rng.choice(names)] = header.pop(name)
-    elif kind == "gone":
-        header[name].pop(rng.choice(sorted(entry)))
-    else:
-        whole = [[], "x", None, 3, {name: []}, {name: None}, {name: {}}, {}, {"__metadata__": 3}, {**header, "y": 1}]
-        header = rng.choice(whole)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def missing(folder: Path, rng: random.Random) -> None:
-    path = a_shard(folder, rng)
-    kind = rng.randrange(5)
-    path.unlink()
-    if kind == 1:
-        path.mkdir()
-    elif kind == 2:
-        path.write_bytes(pickle.dumps(Trap(folder.parent / "trapped")))
-    elif kind == 3:
-        path.symlink_to(folder / "nothing")
-    elif kind == 4:
-        (folder / INDEX).unlink()
-
-
-def index_edit(folder: Path, rng: random.Random) -> None:
-    path = folder / INDEX
-    index = json.loads(path.read_text())
-    listed = index["weight_map"]
-    (folder / "evil.bin").write_bytes(pickle.dumps(Trap(folder.parent / "trapped")))
-    (folder / "evil.safetensors").write_bytes((folder / "evil.bin").read_bytes())
-    shutil.copy(a_shard(folder, rng), folder.parent / "other.safetensors")
-    names = ["../other.safetensors", str(folder.parent / "other.safetensors"), "..", "", ".", "evil.bin", "evil"]
-    names += ["evil.safetensors", "none.safetensors", None, 3, ["x"], "a/../model.safetensors", "..\\x.safetensors"]
-    names += ["\x00.safetensors", "x" * 5000 + ".safetensors", "\ud800.safetensors", "a\nb.safetensors"]
-    kind = rng.randrange(8)
-    if kind < 5:
-        listed[rng.choice(sorted(listed))] = rng.choice(names)
-    elif kind == 5:
-        listed[rng.choice(["x", "../x", f"{next(iter(listed))}.weight"])] = a_shard(folder, rng).name
-    elif kind == 6:
-        index["weight_map"] = rng.choice([None, [], {}, "x", list(listed), {"x": {}}])
-    text = json.dumps(index)
-    damaged = ["", "{", "[]", "null", "[" * 100_000, text[: rng.randrange(len(text))], text.replace('"', "'")]
-    path.write_text(rng.choice(damaged) if kind == 7 else text)
-
-
-def config_edit(folder: Path, rng: random.Random) -> None:
-    path = folder / "config.json"
-    text = path.read_text()
-    if rng.random() < 0.25:
-        data = bytearray(text.encode())
-        kind = rng.randrange(4)
-        if kind == 0:
-            data = data[: rng.randrange(len(data))]
-        elif kind == 1:
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            data = rng.choice([b"", b"[]", b"null", b"3", b"\xff\xfe", b"{" * 9, b"[" * 100_000, b"NaN"])
-        if kind == 3:
-            path.unlink()
-        else:
-            path.write_bytes(data)
-        return
-    raw = json.loads(text)
-    spots = [(raw, key) for key in raw]
-    for holder, key in spots:  # grows: all places inside
-        if isinstance(holder[key], dict | list):
-            inside = holder[key]
-            spots += [(inside, key) for key in (inside if isinstance(inside, dict) else range(len(inside)))]
-    holder, key = rng.choice(spots)
-    values = [None, 0, -1, 3, 17, 1 << 40, 1 << 70, 2.5, float("nan"), float("inf"), "", "x", [], {}, [None], True]
-    if rng.random() < 0.2:
-        del holder[key]
-    else:
-        holder[key] = rng.choice(values)
-    path.write_text(json.dumps(raw))
-
-
-def quantization_edit(folder: Path, rng: random.Random) -> None:
-    path = folder / "config.json"
-    raw = json.loads(path.read_text())
-    for key in ("quantization", "quantization_config"):
-        raw.pop(key, None)
-    name = "model.decoder.layers.0.self_attn.q_proj"
-    block = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
-    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}
-    blocks = [{**block, "group_size": 64}, {**block, "bits": 8}, {**block, "mode": "mxfp8"}, {"group_size": 0}, block]
-    blocks += [{**block, name: False}, {**block, name: {"bits": 8}}, {**block, name: "x"}, {**block, name: None}]
-    blocks += [{"group_size": 24, "bits": 4}, {"group_size": "64", "bits": 4}, {"group_size": 64, "bits": 1e99}]
-    blocks += [{"group_size": 64, "bits": True}, {"group_size": -64, "bits": 4}, {"group_size": None}, {"bits": 4}]
-    blocks += [{"quant_method": "gptq", "bits": 4}, {"quant_method": ["x"]}, {"quant_method": "compressed-tensors"}]
-    blocks += [{"quant_method": "compressed-tensors", "config_groups": {"g": group}}, [], "x", 3, True, [1], {"a": 1}]
-    blocks += [{"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": 3}}, "format": {}}]
-    raw[rng.choice(["quantization", "quantization_config"])] = rng.choice(blocks)
-    path.write_text(json.dumps(raw))
-
-
-def side_file(folder: Path, rng: random.Random) -> None:
-    """Also `export gemma4` reads generation_config.json."""
-    path = folder / "generation_config.json"
-    path.write_text(rng.choice(["", "[]", "{", '{"eos_token_id": "x"}', '{"eos_token_id": [1e99]}', "[" * 100_000]))
-
-
-DAMAGE = {  # how, and how often in each form
-    "truncated": (truncated, 12),
-    "longer": (longer, 2),
-    "length": (partial(header_bit, first=0, last=8), 6),
-    "header bit": (header_bit, 30),
-    "header entry": (header_edit, 40),
-    "missing": (missing, 8),
-    "index": (index_edit, 24),
-    "config": (config_edit, 40),
-    "quantization": (quantization_edit, 24),
-    "side file": (side_file, 4),
-}
-
-
-def test_there_are_enough_kinds_of_damage():
-    assert len(FORMS) * sum(count for _, count in DAMAGE.values()) >= 300
-
-
-@contextmanager
-def limit(seconds: int):
-    """What takes longer is a failure."""
-
-    def late(*_):
-        raise AssertionError(f"takes more than {seconds} s")
-
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
-
-
-def state(folder: Path) -> dict[str, tuple[int, ...]]:
-    found = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*")}
-    return {name: (at.st_mode, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in found.items()}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_one_line_or_harmless(kind, form, pristine, tmp_path):
-    damage, count = DAMAGE[kind]
-    source, options = pristine[form]
-    failures, wrong = 0, []
-    for number in range(count):
-        place = tmp_path / str(number)
-        folder, out = place / "source", place / "out"
-        shutil.copytree(source, folder)
-        damage(folder, random.Random(f"{kind} {form} {number}"))
-        before = state(place)
-        extra = {"export": "gemma4"} if kind == "side file" and number % 2 else {}
-        try:
-            with limit(10):
-                mlx_dgemma.convert(folder, out, **options, **extra, **QUIET)
-        except InputError as error:
-            failures += 1
-            message = str(error)
-            if len(message.splitlines()) != 1 or str(folder) not in message or len(message) > 1000 + len(str(folder)):
-                wrong.append(f"{number}: says {message[:300]!r}")
-            if out.exists():
-                wrong.append(f"{number}: left an output")
-        except (Exception, AssertionError) as error:
-            wrong.append(f"{number}: {type(error).__name__}: {str(error)[:200]}")
-        else:
-            try:
-                tensors_of(out)
-            except Exception as error:
-                wrong.append(f"{number}: wrote what cannot be read: {error}")
-        after = {n: s for n, s in state(place).items() if n.split("/")[0] not in ("out", ".out.partial")}
-        if after != before:
-            wrong.append(f"{number}: touched {sorted(before.items() ^ after.items())}")
-        shutil.rmtree(place)
-    assert not wrong, "\n".join(wrong)
-    assert failures or kind == "side file"
-
-
-def test_weights_that_are_pickles_are_never_loaded(tmp_path):
-    folder = write(tmp_path / "source", SMALL, {})
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
-    with pytest.raises(InputError, match="pickles"):
-        mlx_dgemma.convert(folder, tmp_path / "out", **QUIET)
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
-    with pytest.raises(InputError, match="not a safetensors file"):
-        mlx_dgemma.convert(folder, tmp_path / "out", **QUIET)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-# --- killed
-
-BIG = with_text(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=512,
-    moe_intermediate_size=512,
-    head_dim=64,
-    global_head_dim=128,
-    num_experts=4,
-    num_hidden_layers=5,
-    layer_types=["sliding_attention"] * 4 + ["full_attention"],
-)
-
-
-COMMANDS = """
-import os, sys
-import mlx_dgemma.convert.conversion  # all that takes long to import
-from mlx_dgemma.convert.command import main
-
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        os.dup2(2, 1)
-        try:
-            main(line.rstrip().split("\t"))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
-def test_killed_at_random_moments_and_resumed_it_is_bit_identical(tmp_path):
-    rng = random.Random(4)
-    source = write(tmp_path / "in", BIG, hf_tensors(BIG))
-    assert (source / "model.safetensors").stat().st_size > 40e6
-    options = ["--hf-path", str(source), "--quant-recipe", "default", "--mlx-path"]
-    whole, out, unfinished = (tmp_path / name for name in ("whole", "out", ".out.partial"))
-    journal, killed = unfinished / JOURNAL, 0
-    argv = [sys.executable, "-c", COMMANDS]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(argv, **pipes) as commands:
-
-        def start(target: Path) -> int:
-            print(*options, target, sep="\t", file=commands.stdin, flush=True)
-            return int(commands.stdout.readline())
-
-        start(whole)
-        assert int(commands.stdout.readline()) == 0
-        lines = (whole / JOURNAL).read_bytes().count(b"\n")
-        for wanted in sorted(rng.randrange(lines - 4) for _ in range(6)):
-            pid, deadline = start(out), time.monotonic() + 20
-            while not (journal.exists() and journal.read_bytes().count(b"\n") > wanted):
-                assert not out.exists() and time.monotonic() < deadline
-                time.sleep(0.0005)
-            time.sleep(rng.random() * 0.004)
-            os.kill(pid, signal.SIGKILL)
-            killed += int(commands.stdout.readline()) == signal.SIGKILL
-            if out.exists():
-                break
-            with pytest.raises(InputError):
-                load_model(unfinished)
-        commands.stdin.close()
-    assert killed >= 5
-    last = subprocess.run([sys.executable, "-m", "mlx_dgemma.convert.command", *options, str(out)], capture_output=True)
-    assert (last.returncode, last.stdout.decode()) == (0, f"{out}\n"), last.stderr
-    assert contents(out) == contents(whole)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
 
 
 def test_modules_and_tensors_of_a_conversion_are_loadings(quantised):
