@@ -10,15 +10,12 @@ import mlx.core as mx
 
 from mlx_dgemma.checkpoint import Checkpoint
 from mlx_dgemma.config import GenerationConfig, ModelConfig, read_json
+from mlx_dgemma.convert.configs import mlx_config
 from mlx_dgemma.errors import InputError
 
 from .measure import Answer, PeakMemory, spare_compiler, weight_bytes
 
 TESTED = "0.7.10"
-SHARED_NAMES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads sliding_window num_experts "
-    "top_k_experts moe_intermediate_size rms_norm_eps max_position_embeddings final_logit_softcapping"
-).split()
 
 
 def installed_version() -> str:
@@ -48,7 +45,8 @@ class MlxVlm:
         from mlx_vlm.models.diffusion_gemma import ModelConfig as TheirConfig
         from mlx_vlm.tokenizer_utils import load_tokenizer
 
-        self._model = Model(TheirConfig.from_dict(_spelled_out(folder, config)))
+        raw = mlx_config(read_json(folder / "config.json"), config, has_vision=False)
+        self._model = Model(TheirConfig.from_dict(raw))
         checkpoint = Checkpoint(folder)
         weights = self._model.sanitize(dict(checkpoint.arrays(checkpoint.text_tensors())))
         self._model.load_weights([(name, array.astype(dtype)) for name, array in weights.items()])
@@ -94,21 +92,6 @@ class MlxVlm:
             encode_forwards=1,
             peak_bytes=peak.bytes,
         )
-
-
-def _spelled_out(folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """config.json in the spelling that mlx-vlm reads: no `per_layer_config`, and none of its own defaults."""
-    raw = read_json(folder / "config.json")
-    text = raw["text_config"]
-    for name in SHARED_NAMES:
-        text[name] = getattr(config, name)
-    text["layer_types"] = [layer.kind for layer in config.layers]
-    for layer in config.layers:
-        sizes = ("head_dim", "num_key_value_heads")
-        if not layer.is_sliding:
-            sizes = ("global_head_dim", "num_global_key_value_heads")
-        text |= zip(sizes, (layer.head_dim, layer.num_key_value_heads), strict=True)
-    return raw | {"vision_config": None, "canvas_length": config.canvas_length}
 
 
 def _as_json(config: GenerationConfig) -> dict[str, Any]:

@@ -20,10 +20,11 @@ import mlx.core as mx
 
 from ..checkpoint import ITEM_BYTES
 from ..errors import InputError, UsageError
+from ..folders import require_new
 from ..loading import read_generation_config, resolve
 from .card import card
 from .configs import gemma4_config, mlx_config
-from .engine import Job, require_new, run, verify
+from .engine import Job, run, verify
 from .journal import fingerprint
 from .names import gemma4_modules, gemma4_name, gemma4_parts, is_vision, mlx_name, module_of
 from .recipes import Plan, Recipe, Scheme, get_recipe, modules, plan, uniform

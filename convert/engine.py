@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..checkpoint import INDEX, Checkpoint
 from ..errors import InputError, UsageError
+from ..folders import require_new
 from .journal import JOURNAL, Journal, manifest, record
 from .shards import PART, SHARD, Output, Reader, Shard, TensorWriter, plan, to_bytes
 
@@ -106,14 +107,6 @@ def _check_names(files: Files) -> None:
         is_ours = name in ("..", INDEX, JOURNAL) or name.endswith((".safetensors", PART))
         if is_ours or Path(name).name != name:
             raise ValueError(f"{name!r}: not a name for a side file")
-
-
-def require_new(out: Path) -> None:
-    """Raise UsageError if `out` exists or its parent does not."""
-    if os.path.lexists(out):
-        raise UsageError(f"{out}: exists already; remove it or name another folder")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"{out}: {out.absolute().parent} is not a folder; create it first")
 
 
 @contextmanager

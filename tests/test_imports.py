@@ -14,7 +14,7 @@ OUTSIDE = {name: ROOT.parent / name for name in ("convert", "drafter")}
 # lower may not import higher; files of one line may import each other
 ORDER = [
     ["errors", "version"],
-    ["config"],
+    ["config", "folders"],
     ["options", "cache"],
     ["layers"],
     ["model"],

@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..config import GenerationConfig, read_json
-from ..errors import InputError, UsageError
+from ..errors import InputError
 
 SCHEMA = 1
 EPSILON = 2.0**-23  # of float32: no error below this share of a quantity's size is held against anyone
@@ -112,26 +108,6 @@ def is_judged(name: str) -> bool:
 def column_step(vocab_size: int) -> int:
     """Every how-many-th id of the vocabulary has its logits kept."""
     return -(-vocab_size // MAX_COLUMNS)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` if the block succeeds, and else is removed.
-
-    Raises UsageError if `out` exists or its parent does not.
-    """
-    if out.exists():
-        raise UsageError(f"--out {out}: exists already; remove it or name another folder")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
-        work.chmod(0o755)
-        yield work
-        os.rename(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def write(folder: Path, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:

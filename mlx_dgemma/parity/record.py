@@ -15,6 +15,7 @@ import numpy as np
 
 from ..config import GenerationConfig, ModelConfig, read_json
 from ..errors import InputError
+from ..folders import new_folder
 from ..loading import NANO, read_generation_config, resolve
 from ..options import sampler_options
 from . import bundle
@@ -47,7 +48,7 @@ def record_tiny(shape: Shape, name: str, out: Path, device: str = "cpu", seed: i
     sampling = GenerationConfig().replace(
         **SAMPLING | {"max_new_tokens": shape.canvases * shape.canvas_length} | shape.sampling
     )
-    with bundle.new_folder(out) as work, _one_thread():
+    with new_folder(out) as work, _one_thread():
         save_random(shape, random, work / "model")
         return _record(work / "model", Run(name, prompt, sampling, seed), work, device)
 
@@ -87,7 +88,7 @@ def record_checkpoint(
         length = prompt_length or config.sliding_window * 3 // 2
         ids = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
     name = model if model == NANO else folder.name
-    with bundle.new_folder(out) as work:
+    with new_folder(out) as work:
         return _record(folder, Run(name, np.array([ids], np.int64), sampling, seed), work, device)
 
 

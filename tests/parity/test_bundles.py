@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.errors import InputError, UsageError
+from mlx_dgemma.folders import new_folder
 from mlx_dgemma.parity import bundle as bundles
 from mlx_dgemma.parity.check import MAX_RATIO, Count, Measure, check, measures
 from mlx_dgemma.parity.replay import walk
@@ -127,12 +128,12 @@ def test_a_missing_checkpoint_is_named(copy):
 
 
 def test_an_existing_folder_is_not_overwritten(copy):
-    with pytest.raises(UsageError, match="exists already"), bundles.new_folder(copy):
+    with pytest.raises(UsageError, match="exists already"), new_folder(copy):
         pass
 
 
 def test_a_failed_recording_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), bundles.new_folder(tmp_path / "out") as work:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as work:
         (work / "half").touch()
         raise RuntimeError
     assert not list(tmp_path.iterdir())
