@@ -12,11 +12,11 @@ No other module touches the arrays: they come in through `extend` and `beside`, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .config import ModelConfig
 from .options import WIDEST_DRAFT
 
 SLACK = WIDEST_DRAFT  # tokens that can be rolled back, unless another number is asked for
@@ -38,18 +38,15 @@ class PrefixCache:
     """The keys and values of tokens [0, length), one `LayerRows` per layer.
 
     Args:
-        config: sizes of the model.
+        windows: for each layer how many rows before a position it may see; None: all.
         slack: how many tokens can be rolled back after any number of tokens.
     """
 
-    def __init__(self, config: ModelConfig, slack: int = SLACK):
+    def __init__(self, windows: Sequence[int | None], slack: int = SLACK):
         if slack < 0:
             raise ValueError(f"slack must not be negative, not {slack}")
         self.slack = slack
-        window = config.sliding_window - 1
-        self.layers = [
-            LayerRows(window, window + slack) if layer.is_sliding else LayerRows() for layer in config.layers
-        ]
+        self.layers = [LayerRows() if window is None else LayerRows(window, window + slack) for window in windows]
 
     @property
     def length(self) -> int:

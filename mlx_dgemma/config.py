@@ -69,6 +69,11 @@ class ModelConfig:
     def num_hidden_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def windows(self) -> list[int | None]:
+        """How many rows before a position each layer may see; None: all."""
+        return [self.sliding_window - 1 if layer.is_sliding else None for layer in self.layers]
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Parse config.json. Raises InputError naming the key that is missing or unsupported."""

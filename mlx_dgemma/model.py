@@ -103,7 +103,7 @@ class DiffusionGemma(nn.Module):
 
     def make_cache(self, slack: int = SLACK) -> PrefixCache:
         """An empty cache that can be rolled back by `slack` tokens at any time."""
-        return PrefixCache(self.config, slack)
+        return PrefixCache(self.config.windows, slack)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Embeddings times sqrt(H), the factor rounded to the weights' dtype: (B, L) -> (B, L, H)."""

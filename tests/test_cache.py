@@ -55,7 +55,7 @@ def test_slack_can_always_be_rolled_back(length, count):
 
 
 def cache_of(length: int, chunk: int) -> PrefixCache:
-    cache = PrefixCache(ModelConfig.from_dict(TINY), slack=SLACK)
+    cache = PrefixCache(ModelConfig.from_dict(TINY).windows, slack=SLACK)
     for first in range(0, length, chunk):
         for layer in cache.layers:
             layer.extend(rows(first, chunk), rows(first, chunk))
@@ -81,7 +81,7 @@ def test_a_snapshot_survives_what_follows():
         layer.extend(rows(-50, 2), rows(-50, 2))
         for _ in range(400):
             layer.extend(rows(-7, 1), rows(-7, 1))
-    other = PrefixCache(ModelConfig.from_dict(TINY), slack=SLACK)
+    other = PrefixCache(ModelConfig.from_dict(TINY).windows, slack=SLACK)
     for target in (cache, other):
         target.restore(snapshot)
         assert target.length == 300

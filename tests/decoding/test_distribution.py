@@ -88,7 +88,7 @@ class Chain:
         self.layers = self.config.layers
 
     def make_cache(self):
-        return PrefixCache(self.config)
+        return PrefixCache(self.config.windows)
 
     def encode(self, ids, cache, taps=None):
         rows = mx.zeros((1, 1, ids.shape[1], 1))
