@@ -169,19 +169,11 @@ def _command(args: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     result = {"layers": args.layers, "recipe": args.recipe, "source GB": total / 1e9, "quantised GB": quantised / 1e9}
-    print(
-        "\n".join(
-            f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}" for key, value in result.items()
-        )
-    )
-    for name, row in rows.items():
-        print(f"{name}: " + ", ".join(f"{value:.3f} {key}" for key, value in row.items()))
+    for name, row in {"conversion": result, **rows}.items():
+        cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        print(f"{name}: {', '.join(cells)}")
     if args.json:
         args.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def argument_parser() -> argparse.ArgumentParser:

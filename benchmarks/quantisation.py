@@ -15,7 +15,8 @@ prompts:
     diffusion, ar   exact match in %, the checkpoint's own sampler and greedy decoding, all tasks together; each
                     with the difference to the original, in points, and its 95 % interval, paired by prompt
 
-Both modes answer `--count` prompts a task, those with seeds from `--seed` on; KL takes at most 10 texts a task.
+Both modes answer the first `--count` held-out prompts a task, with seeds from `--seed` on; KL takes at most 10 texts
+a task.
 A second table has the exact match of each task. Arithmetic, which nano has not learnt, is not among them.
 An interval of 0 says that no answer turned from right to wrong or back, not that none ever would.
 """
@@ -34,7 +35,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma import convert, load, stream_generate
-from mlx_dgemma.command import run_command
+from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.convert.conversion import Conversion, Options
 from mlx_dgemma.convert.recipes import DEFAULTS, RECIPES, Scheme, get_recipe
 from mlx_dgemma.errors import UsageError
@@ -201,7 +202,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks.quantisation", description="Measure what each recipe of the converter costs in quality."
     )
     add = parser.add_argument

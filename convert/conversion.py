@@ -19,15 +19,16 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import ITEM_BYTES
+from ..config import read_json
 from ..errors import InputError, UsageError
-from ..folders import require_new
+from ..folders import expanded, require_new
 from ..loading import read_generation_config, resolve
-from .card import card
+from .card import Origin, card
 from .configs import gemma4_config, mlx_config
 from .engine import Job, run, verify
 from .journal import fingerprint
 from .names import gemma4_modules, gemma4_name, gemma4_parts, is_vision, mlx_name, module_of
-from .recipes import Plan, Recipe, Scheme, get_recipe, modules, plan, uniform
+from .recipes import FLOATS, Plan, Recipe, Scheme, get_recipe, modules, plan, uniform
 from .shards import MLX, Output, to_bytes
 from .sources import FloatTensor, Source, spans
 from .upload import check_repo, upload
@@ -35,8 +36,13 @@ from .values import check_values
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 EXPORTS = ("mlx", "gemma4", "hf")
-TOKENIZER_FILES = ("tokenizer*", "*.jinja", "*.model", "special_tokens_map.json", "added_tokens.json")
-SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json", "processor_config.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+SIDE_FILES = (
+    *TOKENIZERS,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,21 +60,27 @@ class Options:
 
     def recipe(self) -> Recipe | None:
         """The recipe, None for floats. Raises UsageError for options that contradict each other."""
+        by_recipe = self.quant_recipe is not None
+        for name in ("quant_recipe", "dtype", "export"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | Path):
+                raise UsageError(f"{name} must be a name, not {value!r:.80}")
         given = [name for name in ("q_bits", "q_group_size", "q_mode") if getattr(self, name) is not None]
-        if given and (self.quant_recipe or not self.quantize):
-            other = "a recipe has its own" if self.quant_recipe else "say -q as well"
+        if given and (by_recipe or not self.quantize):
+            other = "a recipe has its own" if by_recipe else "say -q as well"
             raise UsageError(f"{given[0]} is an option of plain quantisation; {other}")
-        if self.dequantize and (self.quantize or self.quant_recipe):
+        if self.quantize and by_recipe:
+            raise UsageError("-q quantises every module alike, a recipe does not; choose one")
+        if self.dequantize and (self.quantize or by_recipe):
             raise UsageError("dequantize and quantisation contradict each other; choose one")
         if self.export not in EXPORTS:
             raise UsageError(f"export must be one of {', '.join(EXPORTS)}, not {self.export!r}")
-        if self.export == "hf" and (self.quantize or self.quant_recipe):
+        if self.export == "hf" and (self.quantize or by_recipe):
             raise UsageError("export hf writes floats for transformers; leave quantisation out")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.quant_recipe:
-            recipe = get_recipe(self.quant_recipe)
-            return recipe if recipe.rules else None
+        if by_recipe:
+            return get_recipe(self.quant_recipe)
         if self.quantize:
             return uniform(bits=self.q_bits, group_size=self.q_group_size, mode=self.q_mode)
         return None
@@ -89,7 +101,8 @@ class Conversion:
         is_untold = self.source.form != "float" and self.recipe is None and not options.dequantize
         self.keeps = is_untold and options.export == "gemma4" and self.source.form == "mlx"
         if is_untold and not self.keeps:
-            raise UsageError(f"{folder}: is quantised ({self.source.form}); say --dequantize, -q or --quant-recipe")
+            ways = "--dequantize" if options.export == "hf" else "--dequantize, -q or --quant-recipe"
+            raise UsageError(f"{folder}: is quantised ({self.source.form}); say {ways}")
         if self.keeps and options.dtype is not None:
             raise UsageError(f"{folder}: is quantised and goes over as it is; leave dtype out, or quantise it anew")
         is_wanted = gemma4_name if options.export == "gemma4" else str
@@ -99,7 +112,7 @@ class Conversion:
 
     def _plan(self) -> Plan:
         if not self.keeps:
-            return plan(self.recipe or get_recipe("bf16"), modules(self.shapes))
+            return plan(self.recipe or FLOATS, modules(self.shapes))
         for name, tensor in self.tensors.items():
             if len(tensor.stored) > 1 and tensor.packed is None:
                 raise InputError(f"{self.source.folder}: {name} is stored expert by expert; say -q or --quant-recipe")
@@ -116,7 +129,8 @@ class Conversion:
 
     def dtype_of(self, tensor: FloatTensor | Source) -> str:
         """Of its floats, or of its scales; of a source: of most."""
-        return DTYPES[self.options.dtype] if self.options.dtype else tensor.dtype
+        wanted = self.options.dtype or (self.recipe.dtype if self.recipe else None)
+        return DTYPES[wanted] if wanted else tensor.dtype
 
     def scheme_of(self, name: str) -> Scheme | None:
         is_matrix = len(self.shapes[name]) > 1 and not is_vision(name)
@@ -146,23 +160,24 @@ class Conversion:
         parts = partial(_packed, tensor) if self.keeps else partial(_quantised, tensor, dtype, scheme)
         return Job(tuple(outputs), partial(_in_halves, parts, halves))
 
-    def files(self, source: str, name: str) -> dict[str, bytes | Path]:
+    def files(self, origin: Origin, name: str) -> dict[str, bytes | Path]:
         """config.json, tokenizer, generation config, model card (of which `card` says what the arguments are)."""
         folder = self.source.folder
-        files: dict[str, bytes | Path] = {
-            path.name: path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()
-        }
-        generation = read_generation_config(folder, self.source.config)  # what nobody could load is not passed on
+        files: dict[str, bytes | Path] = {file: folder / file for file in SIDE_FILES if (folder / file).is_file()}
+        # what nobody could load is not passed on
+        for file in [file for file in files if file.endswith(".json")]:
+            read_json(folder / file)
+        generation = read_generation_config(folder, self.source.config)
         if self.options.export == "gemma4":
             ids = {"eos_token_id": list(generation.eos_token_ids) or None, "pad_token_id": generation.pad_token_id}
             files["generation_config.json"] = _json(ids | {"bos_token_id": self.source.config.bos_token_id})
         files["config.json"] = _json(self.config())
-        files["README.md"] = card(self, source, name).encode()
+        files["README.md"] = card(self, origin, name).encode()
         return files
 
     def config(self) -> dict[str, Any]:
         """config.json of the result."""
-        stored = self.options.dtype or next(long for long, short in DTYPES.items() if short == self.source.dtype)
+        stored = next(long for long, short in DTYPES.items() if short == self.dtype_of(self.source))
         if self.options.export == "gemma4":
             generation = read_generation_config(self.source.folder, self.source.config)
             config = gemma4_config(self.source.config, generation.eos_token_ids, stored)
@@ -211,7 +226,7 @@ def convert(
         dtype: of what is not quantised: float32, float16, bfloat16; by default as it is.
         dequantize: a quantised source to floats.
         export: "mlx"; "gemma4", ar mode as a plain Gemma 4 text model; "hf", back for transformers.
-        verify_output: read all of it again, and compare.
+        verify_output: read all of it again, and compare, before the folder gets its name.
         upload_repo: a Hub id to send the result to; the Hub's client takes the token from where `hf auth login` put it.
 
     Raises:
@@ -219,27 +234,33 @@ def convert(
     """
     options = Options(quantize, q_bits, q_group_size, q_mode, quant_recipe, dtype, dequantize, export)
     options.recipe()  # contradictions, and an output that exists, are said before anything is downloaded
-    require_new(Path(mlx_path))
+    target = expanded(mlx_path)
+    require_new(target)
     if upload_repo is not None:
         check_repo(upload_repo)
     conversion = Conversion(resolve(hf_path, revision), options)
     source = conversion.source
+
+    def check(folder: Path) -> None:
+        verify(folder, partial(check_values, conversion, progress=progress), progress=progress)
+
     out = run(
         conversion.jobs(),
-        mlx_path,
+        target,
         fingerprint=fingerprint(
             [source.folder / "config.json", *sorted({info.shard for info in source.checkpoint.tensors.values()})],
-            vars(options) | {"plan": conversion.config()},
+            vars(options) | {"quant_recipe": str(options.quant_recipe), "plan": conversion.config()},
         ),
-        files=conversion.files(str(hf_path), upload_repo or Path(mlx_path).name),
+        files=conversion.files(Origin(str(hf_path), revision), upload_repo or target.name),
         metadata={"format": "pt" if export == "hf" else "mlx"},
         progress=progress,
         total_parameters=sum(map(prod, conversion.shapes.values())),
+        check=check if verify_output else None,
     )
+    if progress and not any((out / name).exists() for name in TOKENIZERS):
+        print(f"{out}: without tokenizer.json, which the source does not have; add it to generate", file=sys.stderr)
     if progress:
         print(f"{out}: {conversion.bits_per_weight:.3f} bits per weight", file=sys.stderr)
-    if verify_output:
-        verify(out, partial(check_values, conversion), progress=progress)
     if upload_repo is not None:
         upload(out, upload_repo)
     return out

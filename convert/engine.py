@@ -61,6 +61,7 @@ def run(
     progress: bool = True,
     shard_size: int = SHARD,
     total_parameters: int | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint, going on from where the same call was interrupted.
 
@@ -73,6 +74,8 @@ def run(
         progress: show a bar on stderr.
         shard_size: bytes of tensors in a shard.
         total_parameters: for the index.
+        check: called with the folder when all is written, before it gets its name; if it raises InputError, nothing
+            is left.
 
     Raises:
         UsageError: `out` exists, its parent does not, or another process writes it.
@@ -88,7 +91,11 @@ def run(
             _resume(work, journal, facts, shards)
             _require_space(work, journal, shards, files)
             _write(jobs, work, journal, shards, progress)
-            _finish(work, out, shards, files, total_parameters)
+            _complete(work, shards, files, total_parameters)
+            if check is not None:
+                _check(check, work)
+            os.rename(work, out)
+            _sync_folder(out.parent)
         except OSError as error:
             reason = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
             raise InputError(f"{out}: {reason}; {_what_stays(work)}") from None
@@ -114,8 +121,12 @@ def _partial_folder(out: Path) -> Iterator[tuple[Path, Journal]]:
     """The folder that becomes `out`, and its journal, which is locked while the block runs."""
     require_new(out)
     work = out.with_name(f".{out.name}.partial")
-    work.mkdir(exist_ok=True)
-    found = os.listdir(work)
+    try:
+        if not work.is_symlink():
+            work.mkdir(exist_ok=True)
+        found = [work.name] if work.is_symlink() else os.listdir(work)
+    except OSError as error:
+        raise InputError(f"{out}: its folder cannot be made ({error.strerror}); name another output") from None
     if found and JOURNAL not in found:
         raise UsageError(f"{work}: is not an unfinished conversion; remove it or name another output")
     journal = Journal(work / JOURNAL)
@@ -219,7 +230,7 @@ def _commit(writers: list[TensorWriter], journal: Journal) -> None:
     journal.add({writer.info.name: record(writer.info, writer.finish()) for writer in writers})
 
 
-def _finish(work: Path, out: Path, shards: list[Shard], files: Files, total_parameters: int | None) -> None:
+def _complete(work: Path, shards: list[Shard], files: Files, total_parameters: int | None) -> None:
     """From finished jobs to a checkpoint; interrupted anywhere, it can be done again."""
     for shard in shards:
         part = work / (shard.name + PART)
@@ -229,8 +240,14 @@ def _finish(work: Path, out: Path, shards: list[Shard], files: Files, total_para
     for name in sorted(files, key=lambda name: (name == CONFIG, name)):
         _put(work / name, files[name])
     _sync_folder(work)
-    os.rename(work, out)
-    _sync_folder(out.parent)
+
+
+def _check(check: Callable[[Path], None], work: Path) -> None:
+    try:
+        check(work)
+    except InputError:
+        shutil.rmtree(work)
+        raise
 
 
 def _index(shards: list[Shard], total_parameters: int | None) -> bytes:

@@ -82,11 +82,13 @@ class Recipe:
 
     Args:
         where: of a recipe that somebody wrote, its file: each rule must then match some module.
+        dtype: of what is not quantised, as `--dtype` spells it; None: as it is.
     """
 
     name: str
     rules: tuple[Rule, ...]
     where: str | None = None
+    dtype: str | None = None
 
     def __call__(self, module: str) -> Scheme | None:
         return next((rule.scheme for rule in self.rules if rule.matches(module)), None)
@@ -124,11 +126,14 @@ RECIPES = {
             {"*.embed_tokens": Scheme(8, 64), "*.router.proj": Scheme(8, 64), **_DENSE, "*": Scheme(4, 64)},
         ),
         uniform("8bit", bits=8),
-        _recipe("bf16", {}),
+        Recipe("bf16", (), dtype="bfloat16"),
         _careful("mxfp4", "mxfp4"),
         _careful("nvfp4", "nvfp4"),
     )
 }
+
+
+FLOATS = Recipe("floats", ())
 
 
 def get_recipe(name_or_file: str | Path) -> Recipe:

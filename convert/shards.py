@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -67,17 +67,10 @@ class Reader:
         """The same as an array of MLX's own."""
         return to_mlx(self.view(name, start, stop), self.tensors[name].dtype)
 
-    def chunks(self, name: str, limit: int = CHUNK, *, lead: int | None = None) -> Iterator[np.ndarray]:
-        """A tensor in order, in views of at most `limit` bytes, but of one item at least.
-
-        Args:
-            name: of the tensor.
-            limit: bytes of a view.
-            lead: how many leading axes are taken as one, of which a view has a part: 1 cuts a stack of experts
-                between experts, 2 between rows. Default: all but the last axis.
-        """
+    def chunks(self, name: str, limit: int = CHUNK) -> Iterator[np.ndarray]:
+        """A tensor in order, in views (rows, width) of at most `limit` bytes, but of one row at least."""
         info = self.tensors[name]
-        lead = max(1, len(info.shape) - 1) if lead is None else lead
+        lead = max(1, len(info.shape) - 1)
         count, item = prod(info.shape[:lead]), info.shape[lead:]
         items = self.view(name).reshape(count, *item)
         size = prod(item) * ITEM_BYTES[info.dtype]
@@ -87,11 +80,6 @@ class Reader:
             self._advise(info.shard, mmap.MADV_WILLNEED, here + step * size, step * size)  # read while this is used
             yield items[start : start + step]
             self._advise(info.shard, mmap.MADV_DONTNEED, here, step * size)
-
-    def release(self, name: str) -> None:
-        """Give the pages of a tensor back to the system; touched again, they are read again."""
-        info = self.tensors[name]
-        self._advise(info.shard, mmap.MADV_DONTNEED, info.offset, info.nbytes)
 
     def _map(self, shard: Path) -> mmap.mmap:
         if shard not in self._maps:
@@ -104,28 +92,6 @@ class Reader:
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         if first < min(start + length, len(mapped)):
             mapped.madvise(advice, first, min(start + length, len(mapped)) - first)
-
-
-def mapped(
-    reader: Reader,
-    name: str,
-    function: Callable[[mx.array], mx.array | Sequence[mx.array]] | None = None,
-    *,
-    limit: int = CHUNK,
-    lead: int | None = None,
-) -> Iterator[tuple[int, memoryview]]:
-    """What a job over one tensor produces: `function` of its chunks, as the next bytes of output 0, 1, ...
-
-    Args:
-        reader, name, limit, lead: what is cut into chunks, and how; see `Reader.chunks`.
-        function: a chunk (n, ...) -> the array that output 0 goes on with, or one for each output. Default: a copy
-            of the bytes, which takes no memory.
-    """
-    for chunk in reader.chunks(name, limit, lead=lead):
-        results = chunk if function is None else function(to_mlx(chunk, reader.tensors[name].dtype))
-        results = results if isinstance(results, list | tuple) else (results,)
-        for index, array in enumerate(results):
-            yield index, to_bytes(array)
 
 
 @dataclass(frozen=True)

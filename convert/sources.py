@@ -85,16 +85,6 @@ class FloatTensor:
     read: Callable[[int, int], mx.array]
     packed: Packed | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the bytes on disk are the values."""
-        return len(self.stored) == 1
-
-    @property
-    def nbytes(self) -> int:
-        """On disk."""
-        return sum(info.nbytes for info in self.stored)
-
 
 Parts = dict[str, TensorInfo]  # the stored tensors of a module by the last part of their names, "" if that is none
 

@@ -13,9 +13,16 @@ from .journal import JOURNAL
 
 
 def check_repo(repo: str) -> None:
-    """Raise UsageError for what is not owner/name."""
-    if not HUB_ID.fullmatch(repo):
+    """Raise UsageError for what is not owner/name as the Hub allows it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not isinstance(repo, str) or not HUB_ID.fullmatch(repo):
         raise UsageError(f"upload_repo {repo!r} is not a Hub id (owner/name)")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(f"upload_repo {repo!r}: {' '.join(str(error).split())}") from None
 
 
 def upload(folder: Path, repo: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -34,6 +35,7 @@ def run_command(
         print(f"{parser.prog}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(BAD_USAGE if isinstance(error, UsageError) else FAILED)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off the line
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     if status:

@@ -12,12 +12,25 @@ from pathlib import Path
 from .errors import UsageError
 
 
+def expanded(path: str | Path) -> Path:
+    """A folder to write, `~` expanded. Raises UsageError for what is no path."""
+    if not isinstance(path, str | Path) or not str(path):
+        raise UsageError(f"the folder to write must be a path, not {path!r:.80}")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
 def require_new(out: Path) -> None:
     """Raise UsageError if `out` exists or its parent does not."""
-    if os.path.lexists(out):
-        raise UsageError(f"{out}: exists already; remove it or name another folder")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"{out}: {out.absolute().parent} is not a folder; create it first")
+    try:
+        if os.path.lexists(out):
+            raise UsageError(f"{out}: exists already; remove it or name another folder")
+        if not out.absolute().parent.is_dir():
+            raise UsageError(f"{out}: {out.absolute().parent} is not a folder; create it first")
+    except OSError as error:
+        raise UsageError(f"{str(out)[:200]}: {error.strerror}; name another folder") from None
 
 
 @contextmanager

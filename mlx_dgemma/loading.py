@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from .checkpoint import Checkpoint, TensorInfo, module_name, tensor_name
 from .config import GenerationConfig, ModelConfig, read_json
-from .errors import InputError
+from .errors import InputError, UsageError
 from .memory import estimate, require_fit
 from .model import DiffusionGemma
 
@@ -29,12 +29,14 @@ CACHE_LIMIT = 2 << 30  # bytes of freed buffers that MLX may keep on a GPU
 
 def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `nano`, an existing folder, or a Hub id (downloaded if need be)."""
-    if str(path_or_repo) == NANO:
-        return EMBEDDED
+    if not str(path_or_repo):
+        raise InputError("the name of the model is empty; give a folder, a Hub id, or nano")
     try:
-        path = Path(path_or_repo).expanduser()
+        path = EMBEDDED if str(path_or_repo) == NANO else Path(path_or_repo).expanduser()
     except (RuntimeError, TypeError) as error:
         raise InputError(f"{path_or_repo!r}: not a folder or a Hub id ({error})") from None
+    if path.is_dir() and revision is not None:
+        raise UsageError(f"revision {revision!r} is of a Hub repository; {path_or_repo} is a folder")
     if path.is_dir():
         return path
     if path.exists():

@@ -12,20 +12,24 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "
 SPECIAL += ["<|image>", "<|image|>", "<image|>"]
 
 CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}{{- content | trim -}}
+{%- else -%}{%- for part in content if part.type == 'text' -%}{{- part.text | trim -}}{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
 {{- bos_token -}}
 {%- set turns = messages -%}
 {%- if enable_thinking or (messages and messages[0].role == 'system') -%}
 {{- '<|turn>system\\n' -}}
 {%- if enable_thinking -%}{{- '<|think|>' -}}{%- endif -%}
 {%- if messages and messages[0].role == 'system' -%}
-{{- messages[0].content | trim -}}
+{{- text(messages[0].content) -}}
 {%- set turns = messages[1:] -%}
 {%- endif -%}
 {{- '<turn|>\\n' -}}
 {%- endif -%}
 {%- for message in turns -%}
 {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' -}}
-{{- message.content | trim + '<turn|>\\n' -}}
+{{- text(message.content) + '<turn|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
 """

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 import mlx_dgemma
 from benchmarks.measure import spare_compiler
 from mlx_dgemma.checkpoint import INDEX, module_name
+from mlx_dgemma.convert.card import Origin
 from mlx_dgemma.convert.command import main
 from mlx_dgemma.convert.conversion import Conversion, Options
 from mlx_dgemma.convert.names import is_vision, mlx_name
@@ -134,7 +135,7 @@ def test_nano_every_way_by_the_command(way, tmp_path, capsys):
     assert index["metadata"]["total_parameters"] == sum(a.size for a in tensors_of(EMBEDDED).values())
 
     card = (out / "README.md").read_text()
-    made = f"mlx_dgemma.convert --hf-path {EMBEDDED.name} {' '.join(WAYS[way])}"
+    made = f"mlx_dgemma.convert --hf-path {EMBEDDED.name} --mlx-path out {' '.join(WAYS[way])}"
     assert [line.strip() for line in card.splitlines() if "mlx_dgemma.convert" in line] == [made]
     if way in RECIPES and way != "bf16":
         assert f"quantised by {way}:" in card
@@ -163,6 +164,49 @@ def test_a_generation_config_that_nobody_could_load_is_not_passed_on(export, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_side_file_that_is_no_json_is_not_passed_on(name, tmp_path, capsys):
+    source = shutil.copytree(EMBEDDED, tmp_path / "in")
+    (source / name).write_text('{"a":')
+    status, out, err = command(capsys, "--hf-path", source, "--mlx-path", tmp_path / "out")
+    assert (status, out) == (1, "") and f"{name}: not JSON" in err and len(err.splitlines()) == 1
+
+
+def test_a_source_without_a_tokenizer_is_converted_and_that_is_said(wide, tmp_path, capsys):
+    assert command(capsys, "--hf-path", wide, "--mlx-path", tmp_path / "out")[0] == 0
+    mlx_dgemma.convert(wide, tmp_path / "again")
+    assert "without tokenizer.json" in capsys.readouterr().err
+
+
+def test_a_recipe_of_ones_own_stands_on_the_card(tmp_path):
+    (tmp_path / "mine.json").write_text('[{"pattern": "*.experts.*", "bits": 3}, {"pattern": "*", "bits": false}]')
+    out = mlx_dgemma.convert(EMBEDDED, tmp_path / "my model", quant_recipe=tmp_path / "mine.json", **QUIET)
+    card = (out / "README.md").read_text()
+    assert "--mlx-path 'my model' --quant-recipe mine.json" in card and str(tmp_path) not in card
+    rules = json.loads(card[card.index("    [{") : card.index("}]") + 2])
+    assert rules[0] == {"pattern": "*.experts.*", "bits": 3, "group_size": 64, "mode": "affine"}
+    assert rules[1] == {"pattern": "*", "bits": False}
+
+
+def test_bf16_is_bf16_whatever_it_was(wide, quantised, tmp_path):
+    floats = mlx_dgemma.convert(wide, tmp_path / "f32", dtype="float32", **QUIET)
+    for number, source in enumerate((floats, quantised)):
+        stored = tensors_of(mlx_dgemma.convert(source, tmp_path / str(number), quant_recipe="bf16", **QUIET))
+        assert {array.dtype for array in stored.values()} == {mx.bfloat16}
+        assert not any(name.endswith(".scales") for name in stored)
+
+
+def test_a_failed_verification_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """What is not what the source says never gets the name of the output."""
+    real = mx.quantize
+    monkeypatch.setattr(
+        mx, "quantize", lambda *a, **k: [part * 2 if part.dtype != mx.uint32 else part for part in real(*a, **k)]
+    )
+    status, out, err = command(capsys, "--hf-path", "nano", "--mlx-path", tmp_path / "out", "-q", "--verify")
+    assert (status, out) == (1, "") and "is not what the source has" in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_card_names_what_was_converted_and_no_path(tmp_path):
     source = shutil.copytree(EMBEDDED, tmp_path / "secret" / "mine")
     out = mlx_dgemma.convert(source, tmp_path / "out", quantize=True, **QUIET)
@@ -170,7 +214,8 @@ def test_the_card_names_what_was_converted_and_no_path(tmp_path):
     assert "`mine` (float)" in card and "secret" not in card and str(tmp_path) not in card
     assert "base_model: google/diffusiongemma-26B-A4B-it" in card and "--model out " in card
     conversion = Conversion(EMBEDDED, Options())
-    card = conversion.files("someone/tuned", "me/tuned-mlx")["README.md"].decode()
+    card = conversion.files(Origin("someone/tuned", "v2"), "me/tuned-mlx")["README.md"].decode()
+    assert "--hf-path someone/tuned --mlx-path tuned-mlx --revision v2" in card
     assert "base_model: someone/tuned" in card and "# tuned-mlx" in card and "--model me/tuned-mlx " in card
 
 
@@ -231,14 +276,15 @@ def test_values_are_the_nearest_of_the_mode_and_the_rest_is_bit_equal(way, dtype
     assert command(capsys, "--hf-path", folder, "--mlx-path", tmp_path / "out", *WAYS[way])[0] == 0
     source, stored = tensors_of(folder), tensors_of(tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["vision_config"] == VISION_CONFIG and config["dtype"] == dtype
+    assert config["vision_config"] == VISION_CONFIG
+    assert config["dtype"] == ("bfloat16" if way == "bf16" else dtype)
     block = config.get("quantization") or {}
     count = 0
     for name, array in source.items():
         new = mlx_name(name)
         stem = new.removesuffix(".weight")
         if f"{stem}.scales" not in stored:
-            assert same(stored[new], array), name
+            assert same(stored[new], array.astype(mx.bfloat16) if way == "bf16" else array), name
             assert array.ndim < 2 or is_vision(name) or way == "bf16" or block[stem] is False
             continue
         settings = block.get(stem, {key: block[key] for key in ("group_size", "bits", "mode")})
@@ -399,6 +445,14 @@ MISTAKES = {
     "mode without -q": (["--q-mode", "mxfp4"], 2, "q_mode"),
     "recipe and bits": (["--quant-recipe", "default", "--q-bits", "4"], 2, "q_bits"),
     "recipe, -q and bits": (["-q", "--quant-recipe", "default", "--q-bits", "4"], 2, "q_bits"),
+    "recipe and -q": (["-q", "--quant-recipe", "default"], 2, "choose one"),
+    "an empty recipe": (["--quant-recipe", ""], 2, "no such recipe"),
+    "an empty name": (["--hf-path", ""], 1, "the name of the model is empty"),
+    "an empty output": (["--mlx-path", ""], 2, "must be a path"),
+    "an output of too long a name": (["--mlx-path", "x" * 300], 1, "name another output"),
+    "a revision of a folder": (["--revision", "v2"], 2, "is of a Hub repository"),
+    "hf of what is quantised": (["--hf-path", "{quantised}", "--export", "hf"], 2, "say --dequantize"),
+    "a Hub id that the Hub does not have": (["--upload-repo", "a/b--c..d"], 2, "upload_repo"),
     "bits of a mode": (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], 2, "bits in mode mxfp4"),
     "group of a mode": (["-q", "--q-mode", "nvfp4", "--q-group-size", "64"], 2, "group_size in mode nvfp4"),
     "bits that do not exist": (["-q", "--q-bits", "7"], 2, "bits"),

@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlx_dgemma.checkpoint import INDEX, Checkpoint, read_header
+from mlx_dgemma.checkpoint import INDEX, Checkpoint
 from mlx_dgemma.config import read_json
 from mlx_dgemma.convert import engine, shards
 from mlx_dgemma.convert.engine import SLACK, Job, run, verify
 from mlx_dgemma.convert.journal import JOURNAL, Journal, fingerprint
-from mlx_dgemma.convert.shards import Output, Reader, mapped
+from mlx_dgemma.convert.shards import Output, Reader
 from mlx_dgemma.errors import InputError, UsageError
 from tests.convert.fixtures import contents
 
@@ -482,7 +482,7 @@ def kill_at(folder: Path) -> None:
         "first chunk": (shards.TensorWriter, "write", 1, 0),
         "in a job": (shards.TensorWriter, "write", 20, 1),
         "data is on disk, the journal does not know": (Journal, "add", 3, 2),
-        "all jobs are done": (engine, "_finish", 1, MODULES),
+        "all jobs are done": (engine, "_complete", 1, MODULES),
         "some shards have their names": (Path, "rename", 2, MODULES),
         "before the first side file": (engine, "_put", 1, MODULES),
         "before config.json": (engine, "_put", 3, MODULES),
@@ -572,50 +572,6 @@ def test_verify_goes_on_to_the_sources(tmp_path):
 
 
 # --- memory and progress
-
-
-def anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-def convert_large(folder: Path) -> None:
-    """Half a gigabyte copied, and as much quantised; prints by how much anonymous memory grew at most."""
-    import mlx.core as mx
-
-    stack = Output("experts", "BF16", (32, 2048, 4096))
-    source = folder / "source.safetensors"
-    shards.plan([stack])[0].prepare(source)  # all zeros, and sparse
-    reader = Reader({info.name: info for info in read_header(source)})
-    quantised = tuple(
-        Output(f"q.{name}", dtype, (32, 2048, width))
-        for name, dtype, width in (("weight", "U32", 512), ("scales", "BF16", 64), ("biases", "BF16", 64))
-    )
-    jobs = [
-        Job((stack,), lambda: mapped(reader, "experts")),
-        Job(quantised, lambda: mapped(reader, "experts", lambda chunk: mx.quantize(chunk, 64, 4), lead=1)),
-    ]
-    mx.eval(mx.quantize(mx.zeros((64, 64)), 64, 4))
-    before, most, done = anonymous(), Counter(), threading.Event()
-
-    def watch():
-        while not done.wait(0.005):
-            most["bytes"] = max(most["bytes"], anonymous() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run(jobs, folder / "out", fingerprint={}, progress=False)
-    done.set()
-    watcher.join()
-    print(most["bytes"])
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-def test_memory_is_that_of_chunks_not_of_tensors(tmp_path):
-    grown = int(in_process_of_its_own("convert_large(Path(sys.argv[1]))", tmp_path))
-    shutil.rmtree(tmp_path)
-    assert 0 < grown < 300e6
 
 
 def test_progress_counts_bytes_from_where_it_was(tmp_path, monkeypatch, capsys):

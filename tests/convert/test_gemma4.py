@@ -5,6 +5,9 @@ here are shorter than 512.
 """
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks.measure import spare_compiler
+from mlx_dgemma import generate
 from mlx_dgemma.config import GenerationConfig, ModelConfig
 from mlx_dgemma.convert import conversion
 from mlx_dgemma.convert.command import main
@@ -146,6 +150,22 @@ def test_nanos_answers_are_mlx_lms(nano, tmp_path):
         got, expected = written(ours, prompt, 30), greedy(plain(theirs), prompt, 30)
         assert len(set(got)) > 4
         assert_same_text(got, expected, causal(ours), prompt, TIE)
+
+
+MLX_LM = "import mlx.core as mx; mx.disable_compile(); from mlx_lm.generate import main; main()"
+
+
+@pytest.mark.parametrize("prompt", ["json name=Ann age=31 city=Oslo", "json name=Bob age=44 city=Rome"])
+def test_the_command_of_mlx_lm_writes_our_greedy_answer(prompt, nano, tmp_path):
+    """As the card says it: mlx_lm lets models think where their template can, ours does not."""
+    quantised = conversion.convert(EMBEDDED, tmp_path / "q", quant_recipe="default", dtype="float32", progress=False)
+    write_gemma4(quantised, tmp_path / "out")
+    said = re.search(r"--chat-template-config '(.+?)'", (tmp_path / "out" / "README.md").read_text())[1]
+    argv = ["--model", tmp_path / "out", "--prompt", prompt, "--temp", "0", "--chat-template-config", said]
+    done = subprocess.run([sys.executable, "-c", MLX_LM, *map(str, argv)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = generate(load_model(quantised), nano[1], prompt, mode="ar", temperature=0.0)
+    assert answer and f"==========\n{answer}\n==========" in done.stdout
 
 
 def test_a_parting_that_is_no_tie_is_seen(pair):

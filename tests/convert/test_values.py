@@ -1,6 +1,7 @@
 """--verify: what was written is compared with the source, value by value."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint import Checkpoint
@@ -9,6 +10,7 @@ from mlx_dgemma.convert.shards import Reader
 from mlx_dgemma.convert.values import check_values
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.loading import EMBEDDED
+from tests.convert.fixtures import WIDE, hf_tensors, write
 
 CASES = [
     Options(),
@@ -33,3 +35,22 @@ def test_what_is_written_is_what_the_source_says(tmp_path, options):
     mx.save_safetensors(str(shard), arrays)
     with pytest.raises(InputError, match=r"o_proj\.weight: what was written is not"):
         check_values(conversion, Reader(Checkpoint(out).tensors))
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.02, 0.005, 0.002])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+def test_weights_of_every_size_pass(mode, spread, tmp_path):
+    """Trained weights are around 0.02; below, nvfp4's scales lose digits, and at last groups become 0."""
+    tensors = {name: (array * spread).astype(mx.bfloat16) for name, array in hf_tensors(WIDE, mx.float32).items()}
+    source = write(tmp_path / "in", WIDE, tensors)
+    convert(source, tmp_path / "out", quantize=True, q_mode=mode, verify_output=True, progress=False)
+
+
+def test_what_is_not_finite_is_said_to_be_the_sources(tmp_path):
+    tensors = hf_tensors(WIDE, mx.float32)
+    name = "model.decoder.layers.0.mlp.up_proj.weight"
+    tensors[name] = mx.array(np.where(np.arange(64) == 3, np.nan, np.array(tensors[name])))
+    source = write(tmp_path / "in", WIDE, tensors)
+    with pytest.raises(InputError, match=rf"{name}: holds numbers that are not finite"):
+        convert(source, tmp_path / "out", quantize=True, verify_output=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
