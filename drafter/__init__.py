@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .protocol import Draft, DraftContext, Drafter
@@ -11,26 +13,45 @@ from .protocol import Draft, DraftContext, Drafter
 if TYPE_CHECKING:
     from ..model import DiffusionGemma
 
-__all__ = ["DRAFTERS", "Draft", "DraftContext", "Drafter", "check_name", "make"]
+__all__ = ["DRAFTERS", "Draft", "DraftContext", "Drafter", "check_name", "check_spelling", "make"]
 
-# name -> (module, factory, what follows the name after a colon, or None)
-# a factory takes (model, argument) and returns a Drafter; its module is imported when it is asked for
-DRAFTERS: dict[str, tuple[str, str, str | None]] = {
-    "lookup": (".lookup", "make", None),
+@dataclass(frozen=True)
+class Entry:
+    """Where a drafter is made.
+
+    Attributes:
+        module: has `make(model, argument, **options)`, which returns a Drafter; imported when it is asked for.
+        argument: what follows the name after a colon, None: nothing does.
+        options: keywords of `make`.
+    """
+
+    module: str
+    argument: str | None = None
+    options: tuple[str, ...] = ()
+
+
+DRAFTERS = {
+    "lookup": Entry(".lookup"),
+    "canvas": Entry(".canvas"),
+    "block": Entry(".block", "FOLDER", ("drafter_bits", "draft_head_bits", "draft_vocab")),
 }
 
 
-def make(drafter: str | Drafter | None, model: DiffusionGemma) -> Drafter | None:
-    """A drafter for one request, from its name ("lookup") or an object that follows the protocol.
+def make(drafter: str | Drafter | None, model: DiffusionGemma, **options: Any) -> Drafter | None:
+    """A drafter for one request, from its name ("lookup", "block:FOLDER") or an object that follows the protocol.
 
-    Raises UsageError for an unknown name, or an object that is no drafter of this model.
+    Args:
+        options: of the drafter that is named; None: not given.
+
+    Raises UsageError for an unknown name or option, or an object that is no drafter of this model.
     """
+    check_spelling(drafter, options)
     if drafter is None:
         return None
     if isinstance(drafter, str):
         name, argument = check_name(drafter)
-        module, factory, _ = DRAFTERS[name]
-        return getattr(import_module(module, __name__), factory)(model, argument)
+        given = {key: value for key, value in options.items() if value is not None}
+        return import_module(DRAFTERS[name].module, __name__).make(model, argument, **given)
     check_object(drafter, len(model.layers))
     if not callable(getattr(drafter, "fresh", None)):
         return drafter
@@ -42,14 +63,23 @@ def make(drafter: str | Drafter | None, model: DiffusionGemma) -> Drafter | None
     return fresh
 
 
+def check_spelling(drafter: str | Drafter | None, options: Mapping[str, Any]) -> None:
+    """Raise UsageError for a name that does not exist, or an option that the drafter does not have."""
+    known = DRAFTERS[check_name(drafter)[0]].options if isinstance(drafter, str) else ()
+    for key, value in options.items():
+        if value is not None and key not in known:
+            owners = ", ".join(name for name, entry in DRAFTERS.items() if key in entry.options)
+            raise UsageError(f"{key} is an option of the drafter {owners}; this is {drafter!r:.80}")
+
+
 def check_name(drafter: str) -> tuple[str, str | None]:
     """ "name" or "name:argument", taken apart. Raises UsageError if there is no such drafter."""
     name, colon, argument = drafter.partition(":")
     if name not in DRAFTERS:
-        raise UsageError(f"drafter {drafter!r} does not exist; there are {', '.join(_spelled())}")
-    wanted = DRAFTERS[name][2]
+        raise UsageError(f"drafter {drafter!r} does not exist; there are {', '.join(map(_spelled, DRAFTERS))}")
+    wanted = DRAFTERS[name].argument
     if (wanted is None) == bool(colon) or (wanted and not argument):
-        raise UsageError(f"drafter {drafter!r}: write {_spelled()[list(DRAFTERS).index(name)]}")
+        raise UsageError(f"drafter {drafter!r}: write {_spelled(name)}")
     return name, argument or None
 
 
@@ -67,5 +97,6 @@ def check_object(drafter: object, layers: int) -> None:
         raise UsageError(f"drafter {drafter!r:.80} has taps but no method extend() to give them to")
 
 
-def _spelled() -> list[str]:
-    return [name if argument is None else f"{name}:{argument}" for name, (_, _, argument) in DRAFTERS.items()]
+def _spelled(name: str) -> str:
+    argument = DRAFTERS[name].argument
+    return name if argument is None else f"{name}:{argument}"

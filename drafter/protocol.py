@@ -58,6 +58,9 @@ class Drafter(Protocol):
     A drafter may also have `extend(tokens, features)`: told of every token once it is encoded, in
     order, the prompt's chunk by chunk, rejected drafts never; `features` (1, L, n * H) are the
     outputs of the `taps` layers there, None without taps. All calls together cover tokens[:-1].
+
+    One that listens may have `snapshot()` and `restore(snapshot)`, so that it can go on behind a cached
+    prefix: what it gave when the cache held so many tokens brings it back to that state.
     """
 
     taps: tuple[int, ...]  # layers of the main model whose outputs it wants, () for none

@@ -9,6 +9,7 @@ COMMANDS = {
     "generate": ("mlx_dgemma.generate", "answer a prompt"),
     "convert": ("mlx_dgemma.convert.command", "quantise, dequantise, export a checkpoint"),
     "parity": ("mlx_dgemma.parity.command", "record what the reference computes; check this machine against it"),
+    "train_drafter": ("mlx_dgemma.drafter.training.command", "train a block drafter for a model"),
 }
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print("usage: python -m mlx_dgemma COMMAND [options]\n\ncommands (each with --help):")
         for command, (_, does) in COMMANDS.items():
-            print(f"  {command:10} {does}")
+            print(f"  {command:14} {does}")
     elif name in COMMANDS:
         import_module(COMMANDS[name][0]).main(rest)
     else:

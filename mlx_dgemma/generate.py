@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .command import Parser, run_command
 from .config import GenerationConfig
-from .drafter import check_name
+from .drafter import check_spelling
 from .errors import InputError, UsageError
-from .options import MODES, OF_THE_LOOP, check_bias, check_limits, check_options, sampler_options
+from .options import MODES, OF_A_DRAFTER, OF_THE_LOOP, check_bias, check_limits, check_options, sampler_options
 from .prompt import check_text
 from .response import Answer, GenerationResponse
 
@@ -72,9 +72,11 @@ def stream_generate(
             diffusion: max_denoising_steps, entropy_bound, t_min, t_max, stability_threshold,
             confidence_threshold; drafts=True yields a response per denoising step too.
             ar: temperature (0: greedy), top_p, top_k (0: off), min_p, repetition_penalty,
-            repetition_context_size, logit_bias {id: added}; drafter ("lookup", or an object, see
-            `mlx_dgemma.drafter`), which changes how fast the same answer comes; draft_width, how many
-            tokens it drafts (default: what costs least time here).
+            repetition_context_size, logit_bias {id: added}; drafter ("lookup", "canvas", "block:FOLDER",
+            or an object, see `mlx_dgemma.drafter`), which changes how fast the same answer comes;
+            draft_width, how many tokens it drafts (default: what costs least time here). Of the block
+            drafter: drafter_bits, draft_head_bits (4 or 8: quantised), draft_vocab (ids it can draft:
+            how many from 0 on, a list, or a JSON file).
 
     Raises:
         InputError: a prompt that cannot be continued. UsageError: an option that cannot be.
@@ -91,7 +93,7 @@ def stream_generate(
 
     config = model.generation_config.replace(max_new_tokens=max_tokens, **options)
     check_bias(config, model.config.vocab_size)
-    drafter = make(ours["drafter"], model)
+    drafter = make(ours["drafter"], model, **{name: ours[name] for name in OF_A_DRAFTER})
     step = PREFILL_STEP if prefill_step_size is None else prefill_step_size
     ids = encode_prompt(tokenizer, prompt, chat_template=chat_template, enable_thinking=enable_thinking)
     check_prompt(model, ids, room=model.config.canvas_length if mode == "diffusion" else 1)
@@ -201,8 +203,12 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, help="above 1: make recent tokens less likely (1.0)")
     add("--repetition-context-size", type=int, help="tokens that the penalty looks back (20)")
     add("--logit-bias", type=json_object, metavar="JSON", help="added to logits, e.g. '{\"107\": -5}' (none)")
-    add("--drafter", metavar="NAME", help="guesses what follows; the answer is the same, sooner: lookup (none)")
+    names = "lookup, canvas, block:FOLDER, block:HUB_ID (none)"
+    add("--drafter", metavar="NAME", help=f"guesses what follows; the answer is the same, sooner: {names}")
     add("--draft-width", type=int, metavar="N", help="tokens to draft a pass, at most 64 (what costs least time here)")
+    add("--drafter-bits", type=int, metavar="N", help="block: quantise the drafter to 4 or 8 bits (as it is)")
+    add("--draft-head-bits", type=int, metavar="N", help="block: guess with a head of 4 or 8 bits (the model's)")
+    add("--draft-vocab", metavar="N|FILE", help="block: guess ids below N, or those of a JSON file, alone (all)")
     group = parser.add_argument_group("running and showing")
     add = group.add_argument
     add("--prefill-step-size", type=int, help="prompt tokens per forward, at most 4096 (default: 2048)")
@@ -232,8 +238,7 @@ def _command(args: argparse.Namespace) -> None:
         raise UsageError("--show-denoising is an option of diffusion mode; ar mode has no canvas to show")
     # what is out of range whatever the checkpoint is said before it is loaded
     check_limits(args.max_tokens, args.prefill_step_size, args.seed, args.drafter, args.draft_width)
-    if args.drafter is not None:
-        check_name(args.drafter)
+    check_spelling(args.drafter, {name: options[name] for name in OF_A_DRAFTER})
     alone = ("t_min", "t_max") if None in (args.t_min, args.t_max) else ()  # their order is the checkpoint's matter
     given = {name: options[name] for name in sampler_options(args.mode) if name not in alone}
     GenerationConfig().replace(**given)

@@ -27,9 +27,13 @@ MODES = {
         "logit_bias",
         "drafter",
         "draft_width",
+        "drafter_bits",
+        "draft_head_bits",
+        "draft_vocab",
     ),
 }
-OF_THE_LOOP = ("drafts", "drafter", "draft_width")  # the others are the sampler's, in GenerationConfig
+OF_A_DRAFTER = ("drafter_bits", "draft_head_bits", "draft_vocab")
+OF_THE_LOOP = ("drafts", "drafter", "draft_width", *OF_A_DRAFTER)  # the others are the sampler's, in GenerationConfig
 LARGEST_PREFILL_STEP = 4096  # above it MLX has had wrong results on long inputs
 WIDEST_DRAFT = 64  # what the cache can roll back
 

@@ -56,6 +56,7 @@ def decode(
     drafter: Drafter | None = None,
     widths: Widths | None = None,
     cache: PrefixCache | None = None,
+    drafter_snapshot: object = None,
     counts: Counts | None = None,
     prefill_step: int = PREFILL_STEP,
     progress: Progress | None = None,
@@ -65,17 +66,22 @@ def decode(
     Args:
         drafter: guesses what follows; the tokens are the same without it.
         widths: how many tokens to draft, by default what costs least time.
-        cache: may hold the first tokens of `prompt` already, all but one at most, and none if the
-            drafter wants to hear of them. Afterwards, and whenever the caller stops, it holds all
-            tokens but the last.
+        cache: may hold the first tokens of `prompt` already, all but one at most. Afterwards, and
+            whenever the caller stops, it holds all tokens but the last.
+        drafter_snapshot: what the drafter's `snapshot()` gave when the cache was as it is now; needed
+            if the cache holds tokens and the drafter wants to hear of them.
         counts: incremented as work is launched.
     """
     cache = model.make_cache() if cache is None else cache
     counts, widths = counts or Counts(), widths or Widths()
     tokens, goal = list(prompt), min(len(prompt) + config.max_new_tokens, model.config.max_position_embeddings)
     guard = GuardedDrafter(drafter, model.config.vocab_size, counts)
-    if cache.length >= len(tokens) or (cache.length and guard.listens):
+    if cache.length >= len(tokens):
         raise ValueError(f"the cache holds {cache.length} tokens of {len(tokens)}, which is too many to begin with")
+    if drafter_snapshot is not None:
+        guard.resume(drafter_snapshot)
+    elif cache.length and guard.listens:
+        raise ValueError(f"{guard.name} has not heard of the {cache.length} tokens in the cache; give its snapshot")
     verifier = Verifier(model, cache, config, draws, tokens, counts)
     context = DraftContext(TokensView(tokens), CacheReader(cache), model, verifier.sample)
     widths.drafter, watch = guard.name, StepWatch()
@@ -190,8 +196,14 @@ class Verifier:
         return draw.ids[0]
 
     def sample(self, logits: mx.array, first: int) -> mx.array:
-        """The same for a drafter's logits: with the bias, without the penalty, which looks at what is being drafted."""
-        return self.choose(process(logits, None, self._config), first)
+        """The same for a drafter's logits: with the bias, without the penalty, which looks at what is being drafted.
+
+        Recorded draws are the answer itself, which a drafter is not told: it gets its likeliest ids.
+        """
+        logits = process(logits, None, self._config)
+        if isinstance(self._draws, RecordedDraws):
+            return mx.argmax(logits, axis=-1).astype(mx.int32)
+        return self.choose(logits, first)
 
 
 class StepWatch:

@@ -37,6 +37,11 @@ class GuardedDrafter:
     def active(self) -> bool:
         return self._drafter is not None
 
+    def resume(self, snapshot: object) -> None:
+        """Have it go on from what its `snapshot()` gave."""
+        with self._watched("restore"):
+            self._drafter.restore(snapshot)
+
     def propose(self, context: DraftContext, width: int) -> Draft:
         """At most `width` ids of the vocabulary; none if it is off or has no guess."""
         draft = NOTHING

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 
 from mlx_dgemma import drafter
-from mlx_dgemma.drafter import DRAFTERS, check_name, check_object, make
+from mlx_dgemma.drafter import DRAFTERS, Entry, check_name, check_object, make
 from mlx_dgemma.drafter.lookup import Lookup
 from mlx_dgemma.drafter.oracle import Oracle
 from mlx_dgemma.drafter.protocol import Draft
@@ -35,9 +35,9 @@ def without(name: str, **others):
 
 
 def test_every_name_has_its_factory():
-    for module, factory, argument in DRAFTERS.values():
-        assert callable(getattr(import_module(module, drafter.__name__), factory))
-        assert argument is None or argument
+    for entry in DRAFTERS.values():
+        assert callable(import_module(entry.module, drafter.__name__).make)
+        assert entry.argument is None or entry.argument
 
 
 def test_lookup_is_made_by_name_anew_each_time(tiny):
@@ -64,7 +64,7 @@ def test_lookup_takes_no_argument(tiny, name):
 
 def test_names_that_need_an_argument(monkeypatch, tiny):
     made = []
-    monkeypatch.setitem(DRAFTERS, "tested", (".lookup", "make", "<path>"))
+    monkeypatch.setitem(DRAFTERS, "tested", Entry(".lookup", "<path>"))
     monkeypatch.setattr("mlx_dgemma.drafter.lookup.make", lambda model, argument: made.append((model, argument)))
     for name in ("tested", "tested:"):
         with pytest.raises(UsageError, match="write tested:<path>"):
@@ -74,6 +74,13 @@ def test_names_that_need_an_argument(monkeypatch, tiny):
     assert check_name("tested:/a:b") == ("tested", "/a:b")
     make("tested:C:/x", tiny)
     assert made == [(tiny, "C:/x")]
+
+
+@pytest.mark.parametrize("given", ["lookup", "canvas", None, Whole()])
+def test_options_of_another_drafter_are_refused(tiny, given):
+    with pytest.raises(UsageError, match="drafter_bits is an option of the drafter block; this is "):
+        make(given, tiny, drafter_bits=4)
+    make(given, tiny, drafter_bits=None)
 
 
 def test_objects_are_taken_as_they_are_or_made_fresh(tiny):

@@ -1,0 +1,128 @@
+"""The folder in which a training grows: locked, resumed by the same command, gone when the drafter is there.
+
+.out.partial/
+    lock                  held by the process that trains
+    run.json              what the training depends on, hashed by part
+    answers.jsonl         stage one
+    state.safetensors     the latest checkpoint of stage two
+    result/               what becomes `out`, from the moment it is whole
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError, UsageError
+from ...folders import require_new
+
+LOCK, RUN, ANSWERS, STATE, RESULT = "lock", "run.json", "answers.jsonl", "state.safetensors", "result"
+
+
+class Workspace:
+    """An open working folder; see `workspace`."""
+
+    def __init__(self, out: Path, folder: Path):
+        self.out, self.folder = out, folder
+        self.answers, self.state, self.result = (folder / name for name in (ANSWERS, STATE, RESULT))
+
+    def publish(self, fill: Callable[[Path], None]) -> None:
+        """Make the result folder, if it is not there yet, and put it in its place; then nothing else is left."""
+        if not self.result.exists():
+            growing = self.folder / f"{RESULT}.growing"
+            shutil.rmtree(growing, ignore_errors=True)
+            growing.mkdir()
+            fill(growing)
+            for path in growing.iterdir():
+                sync(path)
+            growing.rename(self.result)
+            sync(self.folder)
+        for path in (self.answers, self.state):
+            path.unlink(missing_ok=True)
+        self.result.rename(self.out)
+        sync(self.out.parent)
+        shutil.rmtree(self.folder)
+
+
+@contextmanager
+def workspace(out: Path, facts: Mapping[str, Any]) -> Iterator[Workspace]:
+    """The working folder of a training that makes `out`.
+
+    Args:
+        facts: what the result depends on, JSON by part; leftovers that were begun with others are refused.
+
+    Raises UsageError: `out` exists, another process or another command is at work there. InputError: the disk.
+    """
+    out = out.absolute()
+    require_new(out)
+    folder = out.with_name(f".{out.name}.partial")
+    folder.mkdir(exist_ok=True)
+    if RUN not in (found := set(os.listdir(folder))) and found - {LOCK, "new-" + RUN}:
+        raise UsageError(f"{folder}: is not an unfinished training; remove it or name another --out")
+    with (folder / LOCK).open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is training there; wait for it or stop it") from None
+        require_new(out)  # the process that held the lock may just have finished
+        _require_same(folder, {key: _hash(value) for key, value in facts.items()})
+        try:
+            yield Workspace(out, folder)
+        except OSError as error:
+            reason = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+            raise InputError(f"{out}: {reason}; {what_stays(folder)}") from None
+        except KeyboardInterrupt:
+            print(f"{out}: {what_stays(folder)}", file=sys.stderr)
+            raise
+
+
+def what_stays(folder: Path) -> str:
+    return f"what is done stays in {folder}, the same command goes on from there"
+
+
+def _require_same(folder: Path, hashes: dict[str, str]) -> None:
+    path = folder / RUN
+    if not path.exists():
+        write_atomically(path, lambda new: new.write_text(json.dumps(hashes, indent=1) + "\n"))
+        return
+    try:
+        begun = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        begun = {}
+    changes = sorted(key for key in hashes.keys() | begun.keys() if hashes.get(key) != begun.get(key))
+    if changes:
+        what = " and ".join([", ".join(changes[:-1]), changes[-1]] if changes[1:] else changes)
+        raise UsageError(
+            f"{folder}: was begun with other {what}; give the same again to go on, "
+            "or remove that folder, or name another --out"
+        )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file that replaces `path` when it is whole and on disk."""
+    new = path.with_name("new-" + path.name)
+    write(new)
+    sync(new)
+    os.replace(new, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,235 @@
+"""The command: whole runs, kills at random moments, leftovers, and what is refused in one line."""
+
+import json
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_dgemma.drafter import weights
+from mlx_dgemma.drafter.block import Block
+from mlx_dgemma.drafter.head import Head
+from mlx_dgemma.drafter.training.command import main
+from mlx_dgemma.drafter.training.workspace import ANSWERS, STATE
+from mlx_dgemma.generate import stream_generate
+from mlx_dgemma.loading import load
+from tests.convert.fixtures import Commands
+from tests.drafter.training.small import FLAGS, write_prompts
+from tests.helpers import with_text, write_checkpoint
+
+KILLS = 10
+COUNT, STEPS = 40, 12
+QUICK = f"--max-tokens 10 --at-once 4 --steps {STEPS} --batch 2 --anchors 6 --held-out 0.2 --save-every 2".split()
+DSPARK = "--family dspark --markov-rank 6".split()
+
+
+class Trainings(Commands):
+    """Runs mlx_dgemma.train_drafter, each time in a process of its own, and imports only once what tokenizers need."""
+
+    SERVER = """
+import mlx_dgemma.drafter.training.pipeline
+from mlx_dgemma.loading import EMBEDDED
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained(EMBEDDED)
+""" + Commands.SERVER.replace("convert.command", "drafter.training.command")
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    with Trainings(tmp_path_factory.mktemp("said")) as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> list[str]:
+    """--model and --prompts."""
+    folder = tmp_path_factory.mktemp("given")
+    model = write_checkpoint(folder / "model", with_text(vocab_size=779))
+    return ["--model", str(model), "--prompts", str(write_prompts(folder / "prompts.jsonl", COUNT))]
+
+
+@pytest.fixture(scope="module")
+def whole(commands, given, tmp_path_factory):
+    """A run that nobody disturbs: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    status, stdout, stderr = commands.run(*given, *FLAGS, *DSPARK, *QUICK, "--out", out)
+    assert (status, stdout) == (0, f"{out}\n"), stderr
+    return out, stderr
+
+
+def test_a_run(whole, given):
+    out, stderr = whole
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "curve.svg",
+        "model.safetensors",
+        "training.json",
+    ]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert re.search(r"Needs about [\d.]+ GB \(main model", stderr) and "| width | accepted | most |" in stderr
+    assert re.search(r"\d+ tokens/s, peak memory [\d.]+ GB", stderr) and "loss" in stderr
+    record = json.loads((out / "training.json").read_text())
+    assert record["steps"] == STEPS and record["options"]["seed"] == 0 and record["versions"]["mlx"]
+    assert len(record["held_out"]["accepted"]) == 5 and record["peak_memory_gb"] > 0 < record["tokens_per_second"]
+    model, tokenizer = load(given[1])
+    network = weights.read(out, model)
+    drafter = Block(network, Head(model))
+    prompt = "reverse apple cloud"
+    plain, drafted = (
+        [r.token for r in stream_generate(model, tokenizer, prompt, mode="ar", max_tokens=12, drafter=d)]
+        for d in (None, drafter)
+    )
+    assert plain == drafted
+
+
+def step_of(state) -> int:
+    """Of a checkpoint; -1 if there is none."""
+    try:
+        with state.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return json.loads(json.loads(file.read(length))["__metadata__"]["progress"])["step"]
+    except FileNotFoundError:
+        return -1
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(commands, given, whole, tmp_path):
+    rng, out = random.Random(5), tmp_path / "out"
+    answers, state = (tmp_path / ".out.partial" / name for name in (ANSWERS, STATE))
+    argv = [*given, *FLAGS, *DSPARK, *QUICK, "--out", out]
+
+    def lines() -> int:
+        return answers.read_bytes().count(b"\n") if answers.exists() else -1
+
+    moments = [(lines, wanted) for wanted in (-1, 0, *sorted(rng.sample(range(4, COUNT), 3)))]
+    moments += [(lambda: step_of(state), wanted) for wanted in (0, *sorted(rng.sample(range(2, STEPS), 3)), STEPS)]
+    killed, resumed = 0, 0
+    for reached, wanted in moments:
+        pid, deadline = commands.start(*argv), time.monotonic() + 50
+        while not out.exists() and reached() < wanted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.03)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        status, _, stderr = commands.wait()
+        assert status == -signal.SIGKILL, stderr
+        assert "Traceback" not in stderr
+        killed += 1
+        resumed += step_of(state) > 0
+    status, _, stderr = commands.run(*argv)
+    assert status == 0, stderr
+    expected = whole[0]
+    for name in ("model.safetensors", "config.json", "curve.svg"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
+    records = [json.loads((folder / "training.json").read_text()) for folder in (out, expected)]
+    assert records[0]["history"] == records[1]["history"] and records[0]["held_out"] == records[1]["held_out"]
+    assert killed == KILLS and resumed >= 4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def refused(argv, capsys, status) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == status and said.startswith("mlx_dgemma.train_drafter: ")
+    return said
+
+
+def test_leftovers_of_another_command_are_refused(given, tmp_path, capsys, monkeypatch):
+    argv = [*given, *FLAGS, *QUICK, "--out", tmp_path / "out"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_dgemma.drafter.training.trainer.Trainer.run", stop)
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in argv])
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and "the same command goes on from there" in said
+    answers = tmp_path / ".out.partial" / ANSWERS
+    before = answers.read_bytes()
+    assert "begun with other options; give the same" in refused([*argv, "--lr", "1e-3"], capsys, 2)
+    other = [*argv, "--prompts", write_prompts(tmp_path / "other.jsonl", COUNT - 1)]
+    assert "begun with other prompts; give the same" in refused(other, capsys, 2)
+    assert answers.read_bytes() == before
+
+    rename = Path.rename
+
+    def stopping(path, to):
+        return stop() if to == tmp_path / "out" else rename(path, to)
+
+    with monkeypatch.context() as patch:  # interrupted when all is done but the last renaming
+        patch.setattr(Path, "rename", stopping)
+        with pytest.raises(SystemExit):
+            main([str(word) for word in argv])
+    assert not (tmp_path / "out").exists() and not answers.exists()
+    main([str(word) for word in argv])
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / ".out.partial").exists()
+    assert "exists already" in refused(argv, capsys, 2)
+
+    # a drafter that is continued keeps its shape, and begins with its weights
+    onward = [*given, *QUICK, "--out", tmp_path / "onward", "--init", tmp_path / "out"]
+    assert "--layers 3 contradicts --init, whose drafter has 2" in refused([*onward, "--layers", 3], capsys, 2)
+    assert "--family dspark contradicts --init" in refused([*onward, "--family", "dspark"], capsys, 2)
+    main([str(word) for word in [*onward, "--layers", 2, "--lr", 1e-9]])
+    old, new = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("out", "onward"))
+    assert all(mx.abs(old[name] - new[name]).max().item() < 1e-2 for name in old)
+
+
+def test_what_is_no_unfinished_training_is_left_alone(given, tmp_path, capsys):
+    folder = tmp_path / ".out.partial"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    assert "is not an unfinished training" in refused([*given, *FLAGS, "--out", tmp_path / "out"], capsys, 2)
+    assert (folder / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--steps 0", "--steps must be a whole number above 0"),
+        ("--lr nan", "--lr must be a number above 0"),
+        ("--held-out 1", "--held-out must be at least 0 and below 1"),
+        ("--dtype int8", "--dtype must be one of"),
+        ("--family eagle", "--family must be one of dflash, dspark"),
+        ("--block 65", "--block must be at most 64"),
+        ("--block 1", "--block must be a whole number of 2 at least"),
+        ("--markov-rank 4", "--markov-rank is of --family dspark"),
+        ("--taps 1,9", "are not layers 0-2"),
+        ("--taps 2", "in a model of 3 layers; name layers instead"),
+        ("--taps one", "must be a number, or layers"),
+        ("--heads 3", "do not divide"),
+        ("--prompts none.jsonl", "none.jsonl: cannot be read"),
+        ("--out none/out", "is not a folder; create it first"),
+        ("--init none", "no such folder"),
+    ],
+)
+def test_what_is_refused(words, said, given, tmp_path, capsys):
+    status = 1 if "cannot be read" in said or "no such" in said else 2
+    assert said in refused([*given, *FLAGS, "--out", tmp_path / "out", *words.split()], capsys, status)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mlx_dgemma.drafter.training.estimate.machine_memory", lambda: 10**6)
+    said = refused([*given, *FLAGS, "--out", tmp_path / "out"], capsys, 1)
+    assert "training needs about" in said and "this machine has 0.00 GB" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_comes_without_mlx():
+    code = (
+        "import sys\nfrom mlx_dgemma.drafter.training.command import main\n"
+        "try:\n    main(['--help'])\nfinally:\n    print('loaded' if 'mlx.core' in sys.modules else 'quick')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("quick") and "--prompts FILE" in done.stdout
