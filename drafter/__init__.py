@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DRAFTERS", "Draft", "DraftContext", "Drafter", "check_name", "check_spelling", "make"]
 
+
 @dataclass(frozen=True)
 class Entry:
     """Where a drafter is made.

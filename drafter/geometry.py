@@ -87,13 +87,13 @@ class BlockConfig:
     def for_model(cls, model: ModelConfig, **sizes: Any) -> BlockConfig:
         """A new drafter for a model; what is not given follows the published one for Gemma 4.
 
-        Taps are evenly spaced from layer 1 to the third last, as DFlash's are.
+        Taps are evenly spaced from layer 1 to the third last, as DFlash's are; over all layers, if those are too few.
         """
-        count = sizes.pop("num_taps", 6)
+        count = min(sizes.pop("num_taps", 6), model.num_hidden_layers)
         layers = sizes.pop("num_hidden_layers", 5)
-        last = max(1, model.num_hidden_layers - 3)
-        taps = sorted({round(1 + i * (last - 1) / max(1, count - 1)) for i in range(count)})
-        taps = [min(tap, model.num_hidden_layers - 1) for tap in taps]
+        depth = model.num_hidden_layers
+        first, last = (1, depth - 3) if depth - 3 >= count else (0, depth - 1)
+        taps = [first + round(i * (last - first) / max(1, count - 1)) for i in range(count)]
         usual: dict[str, Any] = {
             "hidden_size": model.hidden_size,
             "intermediate_size": 2 * model.hidden_size,
@@ -105,7 +105,7 @@ class BlockConfig:
             "rms_norm_eps": model.rms_norm_eps,
             "kinds": (*[SLIDING] * (layers - 1), FULL),
             "sliding_window": 2048,
-            "taps": tuple(dict.fromkeys(taps)),
+            "taps": tuple(taps),
             "num_target_layers": model.num_hidden_layers,
             "mask_token_id": 4,
             "positions": 16,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ...config import SLIDING
 from ...model import DiffusionGemma, Taps
 from ..geometry import BlockConfig
 from ..network import BlockNetwork
@@ -79,12 +80,12 @@ class Anchored:
 
     def __init__(self, rows: Rows, anchors: np.ndarray, config: BlockConfig):
         self._rows, self._anchors, self._config = rows, anchors, config
-        self._masks: dict[int | None, tuple[slice, mx.array]] = {}
+        self._masks: dict[str, tuple[slice, mx.array]] = {}  # by kind of layer
 
     def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         batch, heads, length, size = queries.shape
         kv_heads = keys.shape[1]
-        span, seen = self._seen(self._config.windows[layer], length)
+        span, seen = self._seen(layer, length)
         far_keys, far_values = (rows[0, :, span] for rows in self._rows[layer])  # (kv heads, S, D)
         # (kv heads, B, group, L, D): all blocks' queries of a head lie side by side
         grouped = (queries * scale).reshape(batch, kv_heads, -1, length, size).swapaxes(0, 1)
@@ -99,20 +100,27 @@ class Anchored:
         out = out + shares[..., count:] @ near_values
         return out.swapaxes(0, 1).reshape(batch, heads, length, size)
 
-    def _seen(self, window: int | None, length: int) -> tuple[slice, mx.array]:
+    def _seen(self, layer: int, length: int) -> tuple[slice, mx.array]:
         """The rows that any block may see, and which of them and of its own each does: (B, 1, L, S + L)."""
-        if window in self._masks:
-            return self._masks[window]
-        anchors, limit = self._anchors[:, None, None], window or int(self._anchors.max()) + length
-        first, last = max(0, int(self._anchors.min()) - limit), int(self._anchors.max())
-        row, offset = np.arange(first, last)[None, None], np.arange(length)
-        moved = offset[None, :, None] if self._config.causal else np.zeros((1, length, 1), np.int64)
-        far = (row < anchors) & (row >= anchors + moved - limit)
-        distance = offset[:, None] - offset[None]
-        near = (distance >= 0) & (distance <= limit) if self._config.causal else np.full((length, length), True)
-        both = np.concatenate([far, np.broadcast_to(near, (len(far), length, length))], axis=-1)
-        self._masks[window] = slice(first, last), mx.array(both[:, None])
-        return self._masks[window]
+        kind, last = self._config.kinds[layer], int(self._anchors.max())
+        if kind in self._masks:
+            return self._masks[kind]
+        kept = self._config.windows[layer]
+        kept = last if kept is None else kept
+        first = max(0, int(self._anchors.min()) - kept)
+        # positions of rows and queries from each block's first one on
+        rows = np.arange(first, last)[None, None] - self._anchors[:, None, None]
+        own = np.arange(length)
+        far = np.broadcast_to((rows < 0) & (rows >= -kept), (len(rows), length, last - first))
+        near = np.full((len(rows), length, length), True)
+        if self._config.causal:  # a sliding window is each position's own
+            window = self._config.sliding_window if kind == SLIDING else last + length
+            far = far & (own[None, :, None] - rows < window)
+            distance = own[:, None] - own[None]
+            near = near & (distance >= 0) & (distance < window)
+        both = np.concatenate([far, near], axis=-1)
+        self._masks[kind] = slice(first, last), mx.array(both[:, None])
+        return self._masks[kind]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.decoding.width import Widths
+from mlx_dgemma.drafter.canvas import Canvas
 from mlx_dgemma.drafter.lookup import Lookup
 from mlx_dgemma.drafter.oracle import Oracle
 from mlx_dgemma.drafter.protocol import Draft
@@ -50,6 +51,7 @@ HARMLESS: dict[str, Callable[[list[int]], object]] = {
         lambda context, width: Draft(guess(text, 3)(context, width).tokens, mx.ones(width + 9))
     ),
     "canvas": lambda text: Scripted(guess_by_canvas),
+    "self-drafting": lambda text: Canvas(),
     "listening": lambda text: Hearing(guess(text, 2), taps=(1, 0)),
     "writing into features": lambda text: Hearing(guess(text, 2), (0,), lambda features: features.__setitem__(0, 0.0)),
 }

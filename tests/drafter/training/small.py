@@ -21,6 +21,7 @@ FAMILIES = {
     "dflash": {},
     "causal dflash": {"causal": True},
     "draft window": {"draft_window": 5},
+    "causal, draft window": {"draft_window": 3, "causal": True},
     "dspark": DSPARK,
     "dspark as dflash": DSPARK | {"from_anchor": False},
 }
