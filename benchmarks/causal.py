@@ -6,7 +6,8 @@ Every answer is decoded without a drafter and with each one, in alternating orde
 equal, or this ends with an error. Counted are answers that are exactly right (a model caught in a loop
 makes any drafter look good), and texts that are forced. Per token of those:
 
-    passes          of the main model, every one: the prompt's, rounds, and the pass launched ahead of an eos
+    passes          of the main model, every one: the prompt's, rounds, the pass launched ahead of an eos, and those
+                    over a canvas that draft
     positions       that passes computed, the prompt's (its tokens but the last) left out
     accepted        drafts kept per pass that had a draft to verify; not per token
     drafter ms      the drafter's own time (*)
@@ -167,7 +168,7 @@ class Runner:
             raise InputError(f"prompt {number}: {counts.drafter_failure}")
         return tokens, Work(
             tokens=len(tokens),
-            passes=counts.encode_forwards,
+            passes=counts.encode_forwards + counts.denoise_forwards,
             positions=counts.positions - (len(question.ids) - 1),
             rounds=counts.rounds,
             accepted=counts.accepted,

@@ -22,7 +22,7 @@ class Entry:
 
     Attributes:
         module: has `make(model, argument, **options)`, which returns a Drafter; imported when it is asked for.
-        argument: what follows the name after a colon, None: nothing does.
+        argument: what follows the name after a colon, None: nothing does; in brackets: it may be left out.
         options: keywords of `make`.
     """
 
@@ -33,7 +33,7 @@ class Entry:
 
 DRAFTERS = {
     "lookup": Entry(".lookup"),
-    "canvas": Entry(".canvas"),
+    "canvas": Entry(".canvas", "[POSITIONSxSTEPS]"),
     "block": Entry(".block", "FOLDER", ("drafter_bits", "draft_head_bits", "draft_vocab")),
 }
 
@@ -79,7 +79,8 @@ def check_name(drafter: str) -> tuple[str, str | None]:
     if name not in DRAFTERS:
         raise UsageError(f"drafter {drafter!r} does not exist; there are {', '.join(map(_spelled, DRAFTERS))}")
     wanted = DRAFTERS[name].argument
-    if (wanted is None) == bool(colon) or (wanted and not argument):
+    needed = wanted is not None and not wanted.startswith("[")
+    if (wanted is None and colon) or (colon and not argument) or (needed and not colon):
         raise UsageError(f"drafter {drafter!r}: write {_spelled(name)}")
     return name, argument or None
 

@@ -76,7 +76,7 @@ class Canvas:
         ids = context.sample(logits, position)
         confidences = _probabilities(logits, ids)
         mx.eval(ids, confidences)
-        return Draft(ids.tolist(), confidences.tolist())
+        return Draft(ids.tolist(), confidences.tolist(), [self.length] * self.steps)
 
     def _denoise(self, model: DiffusionGemma, cache: CacheReader, last: mx.array) -> mx.array:
         """The last pass of a canvas behind `cache` that begins with `last` (1, 1): (1, C, H)."""
@@ -121,4 +121,10 @@ def _check(name: str, value: int, least: int, most: int) -> None:
 
 
 def make(model: DiffusionGemma, argument: str | None) -> Canvas:
-    return Canvas()
+    """From "64x2": positions and steps, or nothing: the defaults. Raises UsageError."""
+    if argument is None:
+        return Canvas()
+    length, _, steps = argument.partition("x")
+    if not (length.isdecimal() and steps.isdecimal()) or len(argument) > 8:
+        raise UsageError(f"drafter 'canvas:{argument:.40}': write canvas:POSITIONSxSTEPS, as canvas:64x2")
+    return Canvas(int(length), int(steps))

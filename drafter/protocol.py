@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Draft:
-    """Ids that may follow the last token, and how likely each is to be right, given those before it (0-1)."""
+    """Ids that may follow the last token, and how likely each is to be right, given those before it (0-1).
+
+    `passes`: of each denoising pass of the main model that went into it, how many positions it had.
+    """
 
     tokens: Sequence[int]
     confidences: Sequence[float] | None = None
+    passes: Sequence[int] = ()
 
     def first(self, count: int) -> Draft:
-        return Draft(self.tokens[:count], None if self.confidences is None else self.confidences[:count])
+        confidences = None if self.confidences is None else self.confidences[:count]
+        return Draft(self.tokens[:count], confidences, self.passes)
 
 
 NOTHING = Draft(())

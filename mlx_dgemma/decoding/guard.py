@@ -58,6 +58,8 @@ class GuardedDrafter:
                 self._drafter.extend(list(tokens), features)
 
     def _checked(self, draft: Draft, width: int) -> Draft:
+        self._counts.denoise_forwards += len(draft.passes)
+        self._counts.positions += sum(draft.passes)
         tokens = [index(token) for token in draft.tokens]
         self._counts.surplus += max(0, len(tokens) - width)
         tokens = tokens[:width]

@@ -208,8 +208,9 @@ def test_losslessness(model, drafter, widths):
         done = assert_lossless(model, drafter, prompt, config, seed, widths=WIDTHS[widths]())
         assert done.counts.drafter_failure is None
         assert done.counts.drafted > 0 or not widths.isdigit(), "by cost, guesses without confidence are left"
-        # passes of the drafter are its own time, and no work of the loop's
-        assert done.counts.denoise_forwards == 0
+        # its passes are the main model's, and are counted
+        assert done.counts.denoise_forwards % drafter.steps == 0 or not widths.isdigit()
+        assert done.counts.denoise_forwards >= done.counts.rounds * drafter.steps
         assert done.counts.drafter_seconds > 0
 
 
@@ -356,8 +357,13 @@ def test_it_is_made_by_name(tiny):
     assert (made.length, made.steps) == (canvas.LENGTH, canvas.STEPS)
     assert make("canvas", tiny) is not made
     assert made.taps == ()
-    with pytest.raises(UsageError, match=r"write canvas$"):
-        check_name("canvas:64")
+    made = make("canvas:64x2", tiny)
+    assert (made.length, made.steps) == (64, 2)
+    with pytest.raises(UsageError, match=r"write canvas:\[POSITIONSxSTEPS\]$"):
+        check_name("canvas:")
+    for wrong in ("64", "x2", "64x", "64x2x1", "-64x2", "64x9", "1x1", "9" * 50 + "x1", "a"):
+        with pytest.raises(UsageError, match="canvas"):
+            make(f"canvas:{wrong}", tiny)
 
 
 def test_a_fresh_one_has_the_same_options(tiny):
