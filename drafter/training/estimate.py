@@ -18,8 +18,9 @@ FLOAT = 4  # the drafter is trained in float32
 # measured on MLX's CPU).
 OF_A_WEIGHT = 6 * FLOAT
 # Arrays of one shape that are alive at once in a forward and backward pass: logits of both models and what
-# softmax, TV and their gradients leave (11.0 measured on MLX's CPU, 11.8 with the Markov head); attention scores.
-LOGITS, SCORES = 12, 5
+# softmax, TV and their gradients leave (11.0 measured on MLX's CPU, 11.8 with the Markov head, 12.9 while the
+# machine was busy with something else, as freeing then lags behind); attention scores.
+LOGITS, SCORES = 13, 5
 
 
 @dataclass(frozen=True)

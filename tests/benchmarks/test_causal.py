@@ -200,7 +200,7 @@ def test_ar_mode_is_scored_beside_diffusion(tmp_path, capsys, monkeypatch):
 # --- bad input
 
 BAD = {
-    "an unknown drafter": (causal, ["--drafter", "block"], "drafter 'block' does not exist; there are lookup"),
+    "an unknown drafter": (causal, ["--drafter", "magic"], "drafter 'magic' does not exist; there are lookup"),
     "a width of 65": (causal, ["--draft-width", "65"], "draft_width must be a whole number in 0-64, not 65"),
     "a negative width": (causal, ["--draft-width", "-1"], "0-64, not -1"),
     "a width in words": (causal, ["--draft-width", "wide"], "0-64, not 'wide'"),

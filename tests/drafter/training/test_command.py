@@ -205,7 +205,7 @@ def test_what_is_no_unfinished_training_is_left_alone(given, tmp_path, capsys):
         ("--block 1", "--block must be a whole number of 2 at least"),
         ("--markov-rank 4", "--markov-rank is of --family dspark"),
         ("--taps 1,9", "are not layers 0-2"),
-        ("--taps 2", "in a model of 3 layers; name layers instead"),
+        ("--taps 4", "in a model of 3 layers; name layers instead"),
         ("--taps one", "must be a number, or layers"),
         ("--heads 3", "do not divide"),
         ("--prompts none.jsonl", "none.jsonl: cannot be read"),

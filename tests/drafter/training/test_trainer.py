@@ -101,7 +101,7 @@ def test_blocks_need_what_is_estimated(family, tmp_path):
     mx.reset_peak_memory()
     one._of_text(text, anchors, 1.0)
     estimated = len(anchors) * block_bytes(config, len(text.ids), len(anchors))
-    assert 0.75 * estimated < mx.get_peak_memory() - before < estimated
+    assert 0.7 * estimated < mx.get_peak_memory() - before < 1.1 * estimated
 
 
 def test_it_learns(tmp_path):
