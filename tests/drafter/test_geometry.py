@@ -199,9 +199,10 @@ def test_the_default_geometry_is_the_published_one():
 def test_default_taps_are_layers_in_order(layers, taps):
     model = ModelConfig.from_dict(with_text(num_hidden_layers=layers, layer_types=None))
     config = BlockConfig.for_model(model, num_taps=taps)  # or it would raise
-    assert len(config.taps) <= taps
-    assert config.taps[0] == min(1, layers - 1)
-    assert config.taps[-1] == (layers - 3 if taps > 1 and layers > 3 else min(1, layers - 1))
+    assert len(config.taps) == min(taps, layers)
+    first, last = (1, layers - 3) if layers - 3 >= taps else (0, layers - 1)
+    assert config.taps[0] == first
+    assert config.taps[-1] == (last if len(config.taps) > 1 else first)
 
 
 def test_a_dspark_config():
@@ -473,10 +474,11 @@ def test_files_that_are_refused(tmp_path, tiny):
     make(tiny, str(folder))
 
 
-@pytest.mark.parametrize("place", ["no/such/folder/here", "no-folder", ""])
+@pytest.mark.parametrize("place", ["no/such/folder/here", "no-folder"])
 def test_places_that_are_refused(tiny, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(tiny, place, "no such f")
+    refused(tiny, "", "the name of the model is empty")
 
 
 @pytest.mark.parametrize(
