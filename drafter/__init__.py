@@ -13,7 +13,7 @@ from .protocol import Draft, DraftContext, Drafter
 if TYPE_CHECKING:
     from ..model import DiffusionGemma
 
-__all__ = ["DRAFTERS", "Draft", "DraftContext", "Drafter", "check_name", "check_spelling", "make"]
+__all__ = ["DRAFTERS", "Draft", "DraftContext", "Drafter", "check", "check_name", "make"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Entry:
     """Where a drafter is made.
 
     Attributes:
-        module: has `make(model, argument, **options)`, which returns a Drafter; imported when it is asked for.
+        module: has `make(model, argument, **options)`, which returns a Drafter, and may have `check(argument,
+            **options)`, which raises what can be said without the model; imported when it is asked for.
         argument: what follows the name after a colon, None: nothing does; in brackets: it may be left out.
         options: keywords of `make`.
     """
@@ -64,13 +65,24 @@ def make(drafter: str | Drafter | None, model: DiffusionGemma, **options: Any) -
     return fresh
 
 
+def check(drafter: str | None, options: Mapping[str, Any]) -> None:
+    """Raise what `make` would of a drafter by name, as far as it does not depend on the model."""
+    check_spelling(drafter, options)
+    if drafter is not None:
+        name, argument = check_name(drafter)
+        checked = getattr(import_module(DRAFTERS[name].module, __name__), "check", None)
+        if checked is not None:
+            checked(argument, **{key: value for key, value in options.items() if value is not None})
+
+
 def check_spelling(drafter: str | Drafter | None, options: Mapping[str, Any]) -> None:
     """Raise UsageError for a name that does not exist, or an option that the drafter does not have."""
     known = DRAFTERS[check_name(drafter)[0]].options if isinstance(drafter, str) else ()
     for key, value in options.items():
         if value is not None and key not in known:
             owners = ", ".join(name for name, entry in DRAFTERS.items() if key in entry.options)
-            raise UsageError(f"{key} is an option of the drafter {owners}; this is {drafter!r:.80}")
+            this = "name it as drafter" if drafter is None else f"this is {drafter!r:.80}"
+            raise UsageError(f"{key} is an option of the drafter {owners}; {this}")
 
 
 def check_name(drafter: str) -> tuple[str, str | None]:
@@ -100,5 +112,5 @@ def check_object(drafter: object, layers: int) -> None:
 
 
 def _spelled(name: str) -> str:
-    argument = DRAFTERS[name].argument
-    return name if argument is None else f"{name}:{argument}"
+    argument = DRAFTERS[name].argument or ""
+    return f"{name}[:{argument[1:]}" if argument.startswith("[") else f"{name}:{argument}".rstrip(":")

@@ -11,22 +11,25 @@ encoded yet, it knows the id.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..cache import Snapshot
-from ..loading import EMBEDDED, NANO, resolve
+from ..loading import HUB_ID
 from ..model import DiffusionGemma
-from .head import Head, check_bits, read_vocabulary
+from . import weights
+from .head import Head, check_bits, probabilities, read_ids, read_vocabulary, spelled, stamp
 from .network import Behind, BlockNetwork
 from .protocol import NOTHING, Draft, DraftContext
-from .weights import read
+from .weights import find
 
 CANDIDATES = 64  # ids that the correction by the token before may reorder
-EMBEDDED_DRAFTER = EMBEDDED / "drafter"
+GROUP = 512  # ids that are searched together for them
+AT_ONCE = 64  # tokens whose features may wait for the device
+KEPT = 4  # networks, and heads, that later requests may share
 
 
 class Block:
@@ -50,9 +53,13 @@ class Block:
         self._cache = self.network.make_cache()
 
     def extend(self, tokens: Sequence[int], features: mx.array) -> None:
-        """Take in the features (1, L, n * H) of tokens that are encoded."""
+        """Take in the features (1, L, n * H) of tokens that are encoded.
+
+        Waiting would be for the main model's next step too, which may be launched already; a chunk of a
+        prompt is waited for, so that its features are not held.
+        """
         self.network.extend(features, self._cache)
-        mx.eval(self._cache.arrays())
+        (mx.async_eval if features.shape[1] <= AT_ONCE else mx.eval)(self._cache.arrays())
 
     def snapshot(self) -> Snapshot:
         """What it has heard so far, to `restore` beside the main model's cache."""
@@ -81,45 +88,92 @@ class Block:
     def _plain(self, hidden: mx.array, logits: mx.array, context: DraftContext) -> tuple[mx.array, mx.array]:
         """Ids (L,) and how likely each is by the drafter's own distribution."""
         ids = context.sample(logits, len(context.tokens))
-        return ids, mx.exp(_logprobs(logits, ids))
+        return ids, probabilities(logits, ids)
 
     def _corrected(self, hidden: mx.array, logits: mx.array, context: DraftContext) -> tuple[mx.array, mx.array]:
-        """The same from left to right: each id corrects the distribution of the next."""
+        """The same from left to right: each id corrects the distribution of the next.
+
+        What looks at the whole vocabulary does so at once, before; then an id costs one whole row, which
+        `sample` wants. Likely is what is so among the candidates: the mass of the others is left out.
+        """
         markov, first = self.network.markov_head, len(context.tokens)
+        best = candidates(logits)
+        rows = markov.rows(best)
         chosen, before, likely = [], [], []
         last = mx.array(context.tokens[-1])
         for position in range(len(logits)):
             before.append(markov.before(last))
-            row = self._reordered(logits[position], before[-1])
+            row = self._reordered(logits[position], best[position], rows[position], before[-1])
             last = context.sample(row[None], first + position)[0]
             chosen.append(last)
-            likely.append(_logprobs(row[None], last[None])[0])
+            likely.append(row[last] - mx.logsumexp(row[best[position]]))
         if self.network.config.confidence is not None:
             return mx.stack(chosen), mx.sigmoid(self.network.confidence_head(hidden, mx.stack(before)))
         return mx.stack(chosen), mx.exp(mx.stack(likely))
 
-    def _reordered(self, logits: mx.array, before: mx.array) -> mx.array:
-        """Logits (V,) with the correction of the best candidates; the others get the least of theirs.
+    def _reordered(self, logits: mx.array, best: mx.array, rows: mx.array, before: mx.array) -> mx.array:
+        """Logits (V,) with the correction of the candidates `best` (n,), whose `rows` are (n, rank).
 
-        So none of the others passes a candidate, and sampling and a bias still see all of them.
+        The others get the least of theirs: none of them passes a candidate, and sampling and a bias
+        still see all of them.
         """
-        markov = self.network.markov_head
-        if len(logits) <= CANDIDATES:
-            return logits + markov.correction(before).astype(mx.float32)
-        best = mx.argpartition(-logits, CANDIDATES)[:CANDIDATES]
-        correction = markov.correction(before, best).astype(mx.float32)
+        correction = self.network.markov_head.correction(before, rows).astype(mx.float32)
         row = logits + correction.min()
         row[best] = logits[best] + correction
         return row
 
 
-def _logprobs(logits: mx.array, ids: mx.array) -> mx.array:
-    """Of one id a row: logits (L, V), ids (L,) -> (L,)."""
-    chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return chosen - mx.logsumexp(logits, axis=-1)
+def candidates(logits: mx.array) -> mx.array:
+    """The likeliest ids of each row, in no order: (L, V) -> (L, n), all of them if there are so few.
+
+    A wide vocabulary is searched in two steps, which find the same ids sooner: those groups of neighbours
+    that hold the highest logits, and the ids in them.
+    """
+    count, size = logits.shape
+    if size <= CANDIDATES:
+        return mx.broadcast_to(mx.arange(size), (count, size))
+    if size % GROUP or size <= GROUP * CANDIDATES:
+        return mx.argpartition(-logits, CANDIDATES - 1, axis=-1)[:, :CANDIDATES]
+    groups = logits.reshape(count, -1, GROUP)
+    high = candidates(groups.max(axis=-1))
+    inside = mx.take_along_axis(groups, high[..., None], axis=1).reshape(count, -1)
+    best = mx.argpartition(-inside, CANDIDATES - 1, axis=-1)[:, :CANDIDATES]
+    return mx.take_along_axis(high, best // GROUP, axis=-1) * GROUP + best % GROUP
 
 
-_loaded: list[tuple[weakref.ref, tuple, Block]] = []  # of models that are alive
+class Shared:
+    """What requests share of models that are alive, the latest few."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[weakref.ref, Hashable, Any]] = []
+
+    def get(self, model: DiffusionGemma, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What was made for this model and key, or is now."""
+        found = next((entry for entry in self.entries if entry[0]() is model and entry[1] == key), None)
+        if found is None:
+            found = (weakref.ref(model, self._forget), key, make())
+        self.entries = [*(entry for entry in self.entries if entry is not found), found][-KEPT:]
+        return found[2]
+
+    def _forget(self, owner: weakref.ref) -> None:
+        """A model is gone: so is what holds its embedding."""
+        self.entries = [entry for entry in self.entries if entry[0] is not owner]
+
+
+networks, heads = Shared(), Shared()
+
+
+def check(
+    place: str, *, drafter_bits: int | None = None, draft_head_bits: int | None = None, draft_vocab: Any = None
+) -> None:
+    """Raise what `make` would, as far as it does not depend on the model; nothing is downloaded."""
+    check_bits("drafter_bits", drafter_bits)
+    check_bits("draft_head_bits", draft_head_bits)
+    vocabulary = spelled(draft_vocab)
+    if isinstance(vocabulary, Path):
+        read_ids(vocabulary)
+    if Path(place).exists() or not HUB_ID.fullmatch(place):
+        weights.read_config(find(place))
 
 
 def make(
@@ -130,35 +184,28 @@ def make(
     draft_head_bits: int | None = None,
     draft_vocab: Any = None,
 ) -> Block:
-    """A drafter for one request; its weights are read once for a model.
+    """A drafter for one request; its weights are read once for a model, and again if its files were written since.
 
     Args:
         place: a folder, a Hub id, or "nano".
         drafter_bits: 4 or 8: its matrices are quantised.
         draft_head_bits: 4 or 8: it guesses with a quantised copy of the head.
-        draft_vocab: ids that it can draft, see `head.read_vocabulary`.
+        draft_vocab: the ids that it can draft: a number (so many from 0 on), ids, or a JSON file with a list of them.
 
     Raises InputError, UsageError with one line.
     """
     check_bits("drafter_bits", drafter_bits)
     check_bits("draft_head_bits", draft_head_bits)
-    ids = read_vocabulary(draft_vocab, model.config.vocab_size)
-    key = (str(place), drafter_bits, draft_head_bits, ids)
-    for owner, known, drafter in _loaded:
-        if owner() is model and known == key:
-            return drafter.fresh()
-    name = f"block:{place}/{drafter_bits}/{draft_head_bits}/{len(ids) if ids else None}"
-    network = read(find(place), model, drafter_bits)
-    drafter = Block(network, Head(model, draft_head_bits, ids), name)
-    _loaded.append((weakref.ref(model, _forget), key, drafter))
-    return drafter.fresh()
-
-
-def _forget(owner: weakref.ref) -> None:
-    """A model is gone: so are its drafters, which hold its embedding."""
-    _loaded[:] = [entry for entry in _loaded if entry[0] is not owner]
-
-
-def find(place: str | Path) -> Path:
-    """The folder of a drafter: "nano" (shipped for the embedded checkpoint), an existing folder, or a Hub id."""
-    return EMBEDDED_DRAFTER if str(place) == NANO else resolve(place)
+    ids, folder = spelled(draft_vocab), find(place)
+    head = heads.get(
+        model,
+        (draft_head_bits, stamp(ids)),
+        lambda: Head(model, draft_head_bits, read_vocabulary(ids, model.config.vocab_size)),
+    )
+    network = networks.get(
+        model,
+        (folder.resolve(), drafter_bits, weights.stamp(folder)),
+        lambda: weights.read(folder, model, drafter_bits),
+    )
+    count = None if ids is None else head.size
+    return Block(network, head, f"block:{place}/{drafter_bits}/{draft_head_bits}/{count}")

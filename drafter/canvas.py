@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..config import GenerationConfig
 from ..draws import Draws
 from ..errors import UsageError
 from ..options import WIDEST_DRAFT
 from ..sampling import accept, summarise, temperature
+from .head import probabilities
 from .protocol import NOTHING, Draft, DraftContext
 
 if TYPE_CHECKING:
@@ -74,18 +74,20 @@ class Canvas:
         hidden = self._denoise(model, context.cache, last)
         logits = model.logits(hidden[:, 1 : 1 + width])[0]
         ids = context.sample(logits, position)
-        confidences = _probabilities(logits, ids)
+        # 0.97 on average where 0.90 are right (nano, temperatures 0 and 0.8), and rises with the share that is: the
+        # loop learns the factor between them, and no power of it does better
+        confidences = probabilities(logits, ids)
         mx.eval(ids, confidences)
         return Draft(ids.tolist(), confidences.tolist(), [self.length] * self.steps)
 
     def _denoise(self, model: DiffusionGemma, cache: CacheReader, last: mx.array) -> mx.array:
         """The last pass of a canvas behind `cache` that begins with `last` (1, 1): (1, C, H)."""
-        config = _schedule(model, self.steps)
         draws, where, length = Draws([SEED], model.config.vocab_size), cache.length, self.length
         known = model.embed(last)
         canvas = _pinned(last, draws.canvas(where, length))
         hidden = model.denoise_hidden(canvas, cache)
         for number in range(self.steps - 1):
+            config = model.generation_config.replace(max_denoising_steps=self.steps)  # its heat, over so few
             heat = temperature(config, self.steps - number)
             step = summarise(model, hidden, heat, draws.token(where, number, length))
             accepted = accept(_pinned(mx.zeros((1, 1)), step.entropy), config.entropy_bound)
@@ -94,25 +96,9 @@ class Canvas:
         return hidden
 
 
-def _schedule(model: DiffusionGemma, steps: int) -> GenerationConfig:
-    """The checkpoint's sampler options, its temperatures spread over so few steps."""
-    config = getattr(model, "generation_config", None) or GenerationConfig()
-    return config.replace(max_denoising_steps=steps)
-
-
 def _pinned(first: mx.array, slots: mx.array) -> mx.array:
     """(1, C, ...) with slot 0 replaced by `first` (1, 1, ...)."""
     return mx.concatenate([first.astype(slots.dtype), slots[:, 1:]], axis=1)
-
-
-def _probabilities(logits: mx.array, ids: mx.array) -> mx.array:
-    """Of ids (L,) under softmax(logits (L, V)): (L,), what is promised of a draft.
-
-    On nano, at temperatures 0 and 0.8, that is 0.97 on average where 0.90 are right, and rises with the
-    share that is; the loop learns the factor between them, and no power of it does better.
-    """
-    chosen = mx.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return mx.exp(chosen - mx.logsumexp(logits, axis=-1))
 
 
 def _check(name: str, value: int, least: int, most: int) -> None:
@@ -120,7 +106,15 @@ def _check(name: str, value: int, least: int, most: int) -> None:
         raise UsageError(f"{name} of a canvas drafter must be a whole number in {least}-{most}, not {value!r}")
 
 
+def check(argument: str | None) -> None:
+    _of(argument)
+
+
 def make(model: DiffusionGemma, argument: str | None) -> Canvas:
+    return _of(argument)
+
+
+def _of(argument: str | None) -> Canvas:
     """From "64x2": positions and steps, or nothing: the defaults. Raises UsageError."""
     if argument is None:
         return Canvas()

@@ -10,7 +10,7 @@ In DFlash's files `block_size` counts the last token as well, in DSpark's the dr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -27,8 +27,84 @@ _SIZES = (
     "max_position_embeddings",
 )
 LARGEST = 1 << 24  # of any size; what is beyond was not meant, and has no array in MLX
-MOST_LAYERS, LONGEST_BLOCK = 1024, 4096
+LIMITS = {"num_hidden_layers": 1024, "block_size": 4096}  # of what is smaller still
 LARGEST_REAL = 1e30  # float32 holds it
+
+# what says something about the drafter, at the top of config.json or in its dflash_config
+_READ = {
+    *_SIZES,
+    "architectures",
+    "attention_bias",
+    "attention_sink_bias",
+    "block_size",
+    "causal",
+    "confidence_head_with_markov",
+    "dflash_config",
+    "dflash_query_causal",
+    "draft_window_size",
+    "dspark_bonus_anchor",
+    "enable_confidence_head",
+    "final_logit_softcapping",
+    "hidden_act",
+    "is_causal",
+    "layer_types",
+    "markov_head_type",
+    "markov_rank",
+    "mask_token_id",
+    "model_type",
+    "num_hidden_layers",
+    "num_target_layers",
+    "projector_type",
+    "quantization",
+    "quantization_config",
+    "rms_norm_eps",
+    "rope_is_neox_style",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "runtime_block_size",
+    "sample_from_anchor",
+    "sliding_window",
+    "swa_window_size",
+    "target_layer_ids",
+}
+# how many drafts others ask for, which is the loop's to choose here
+_WIDTHS = {"block_size_policy", "dflash_initial_block_size", "prefer_requested_block_size"}
+# what transformers writes beside it: of training, of generation, of the embedding and head, which are the model's
+_HARMLESS = {
+    "_attn_implementation",
+    "_name_or_path",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "max_window_layers",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "use_sliding_window",
+}
+
+
+def whole(name: str, value: Any, where: str, least: int = 1) -> int:
+    """A whole number not above the limit of its name. Raises InputError naming it."""
+    most = LIMITS.get(name, LARGEST)
+    if type(value) is not int or not least <= value <= most:
+        raise InputError(f"{where}: {name} must be a whole number in {least}-{most}, not {value!r:.80}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +166,7 @@ class BlockConfig:
         Taps are evenly spaced from layer 1 to the third last, as DFlash's are; over all layers, if those are too few.
         """
         count = min(sizes.pop("num_taps", 6), model.num_hidden_layers)
-        layers = sizes.pop("num_hidden_layers", 5)
+        layers = whole("num_hidden_layers", sizes.pop("num_hidden_layers", 5), "the drafter's sizes")
         depth = model.num_hidden_layers
         first, last = (1, depth - 3) if depth - 3 >= count else (0, depth - 1)
         taps = [first + round(i * (last - first) / max(1, count - 1)) for i in range(count)]
@@ -160,11 +236,13 @@ class BlockConfig:
         } | ({"runtime_block_size": self.drafts + 1} if is_dspark else {})
 
     def checked(self, where: str) -> BlockConfig:
-        """Itself. Raises InputError for sizes that contradict each other."""
+        """Itself. Raises InputError for sizes beyond their limits, or that contradict each other."""
 
         def refuse(what: str) -> NoReturn:
             raise InputError(f"{where}: {what}")
 
+        for name, value, least in self._whole_numbers():
+            whole(name, value, where, least)
         if self.num_attention_heads % self.num_key_value_heads:
             refuse(f"{self.num_key_value_heads} key/value heads do not divide {self.num_attention_heads} query heads")
         if self.head_dim % 2:
@@ -185,6 +263,15 @@ class BlockConfig:
             refuse("sample_from_anchor and a confidence head are DSpark's, which has a markov_rank")
         return self
 
+    def _whole_numbers(self) -> list[tuple[str, int, int]]:
+        """(name in config.json, value, least) of all that are there."""
+        numbers = [(name, getattr(self, name), 1) for name in (*_SIZES, "num_target_layers")]
+        numbers += [("num_hidden_layers", len(self.kinds), 1), ("mask_token_id", self.mask_token_id, 0)]
+        numbers += [("block_size", self.positions, 0)]  # that none is left for a draft is said in other words
+        optional = [("sliding_window", self.sliding_window, 1), ("draft_window_size", self.draft_window, 1)]
+        optional += [("markov_rank", self.markov_rank, 1)]
+        return numbers + [number for number in optional if number[1] is not None]
+
     def require_fit(self, model: ModelConfig, where: str) -> None:
         """Raise InputError unless the drafter reads this model's layers and writes its vocabulary."""
         cap = model.final_logit_softcapping  # the model's own is applied; a drafter that does not say is taken as it is
@@ -203,35 +290,34 @@ class _Parser:
 
     def __init__(self, raw: Mapping[str, Any], where: str):
         self.where, self.raw = where, raw
-        own = raw.get("dflash_config") or {}
-        if not isinstance(own, Mapping):
+        own = raw.get("dflash_config")
+        if not isinstance(own, Mapping | None):
             self.refuse("dflash_config", own, "an object")
-        self.own: Mapping[str, Any] = own
+        self.own: Mapping[str, Any] = own or {}
 
     def config(self) -> BlockConfig:
         self.refuse_unsupported()
         is_dspark = self.is_dspark()
         sizes = {name: self.size(name) for name in _SIZES}
-        count = self.size("num_hidden_layers", most=MOST_LAYERS)
+        count = self.size("num_hidden_layers")
         kinds = self.get("layer_types") or [FULL] * count
         if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (FULL, SLIDING) for kind in kinds):
             raise InputError(f"{self.where}: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}")
         taps = self.given("target_layer_ids")
         if not isinstance(taps, list) or any(type(tap) is not int for tap in taps):
             self.refuse("target_layer_ids", taps, "a list of layers")
-        window = self.own.get("swa_window_size", self.get("sliding_window"))
         config = BlockConfig(
             **sizes,
             rms_norm_eps=self._positive("rms_norm_eps", self.given("rms_norm_eps")),
             rope_theta=self.theta(),
             kinds=tuple(kinds),
-            sliding_window=None if window is None else self.whole("sliding_window", window),
+            sliding_window=self.get("swa_window_size", self.get("sliding_window")),
             taps=tuple(taps),
             num_target_layers=self.size("num_target_layers"),
             mask_token_id=self.size("mask_token_id", least=0),
-            positions=self.size("block_size", most=LONGEST_BLOCK),
+            positions=self.size("block_size"),
             causal=self.causal(),
-            draft_window=self.size("draft_window_size") if self.get("draft_window_size") is not None else None,
+            draft_window=self.get("draft_window_size"),
             final_logit_softcapping=self.softcap(),
         )
         config = self.dspark(config) if is_dspark else config
@@ -239,7 +325,7 @@ class _Parser:
         if runtime is None:
             return config
         # mlx-vlm's word for the last token and the drafts together
-        fewer = self.whole("runtime_block_size", runtime) - (1 if config.from_anchor else 0)
+        fewer = whole("runtime_block_size", runtime, self.where) - (1 if config.from_anchor else 0)
         return replace(config, positions=min(config.positions, fewer))
 
     def dspark(self, config: BlockConfig) -> BlockConfig:
@@ -252,7 +338,7 @@ class _Parser:
             config,
             positions=drafts if from_anchor else drafts + 1,
             from_anchor=from_anchor,
-            markov_rank=self.size("markov_rank", default=256),
+            markov_rank=self.get("markov_rank", 256),
             confidence=confidence,
         )
 
@@ -262,21 +348,23 @@ class _Parser:
         return self.flag(next((name for name in spellings if self.get(name) is not None), spellings[0]), False)
 
     def is_dspark(self) -> bool:
-        names = self.raw.get("architectures") or []
+        names = self.get("architectures", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             self.refuse("architectures", names, "a list of names")
-        if self.own.get("projector_type") not in (None, "dspark", "dflash"):
-            self.refuse("projector_type", self.own["projector_type"], '"dspark"')
+        projector = self.get("projector_type")
+        if projector not in (None, "dspark", "dflash"):
+            self.refuse("projector_type", projector, '"dspark"')
         known = ("DFlashDraftModel", "Qwen3DSparkModel", "DSparkDraftModel")
         unknown = next((name for name in names if name not in known), None)
         if unknown is not None:
             hint = ": it has an embedding and a head of its own" if unknown == "Gemma4DSparkModel" else ""
             raise InputError(f"{self.where}: {unknown} cannot draft for this model{hint}; {', '.join(known)} can")
         # older files name DFlash's class and have nothing but the rank to tell
-        is_named = self.own.get("projector_type") == "dspark" or any("DSpark" in name for name in names)
+        is_named = projector == "dspark" or any("DSpark" in name for name in names)
         return is_named or (self.get("markov_rank") is not None and self.size("markov_rank", least=0) > 0)
 
     def refuse_unsupported(self) -> None:
+        """Values that the network does not do, and keys that may mean anything."""
         supported: dict[str, tuple[Any, ...]] = {
             "model_type": ("qwen3", "dspark", "dflash"),
             "hidden_act": (None, "silu"),
@@ -291,17 +379,26 @@ class _Parser:
         for key, values in supported.items():
             if self.get(key) not in values:
                 raise InputError(f"{self.where}: {key} = {self.get(key)!r:.80} is not supported by the block drafter")
+        self.refuse_unknown("", self.raw, _READ | _WIDTHS | _HARMLESS)
+        self.refuse_unknown(" of dflash_config", self.own, (_READ - {"dflash_config"}) | _WIDTHS)
+
+    def refuse_unknown(self, place: str, part: Mapping[str, Any], known: Collection[str]) -> None:
+        unknown = next((key for key in part if key not in known), None)
+        if unknown is not None:
+            raise InputError(f"{self.where}: the key {unknown!r:.80}{place} is not known to the block drafter")
 
     def theta(self) -> float:
-        rope = self.raw.get("rope_parameters")
+        rope = self.get("rope_parameters")
         if rope is None:
             return self._positive("rope_theta", self.given("rope_theta"))
         if not isinstance(rope, Mapping):
             self.refuse("rope_parameters", rope, "an object")
         for key, value in (("rope_type", "default"), ("partial_rotary_factor", 1.0)):
-            if rope.get(key, value) != value:
+            if rope.get(key) not in (None, value):
                 raise InputError(f"{self.where}: {key} {rope[key]!r:.80} is not supported by the block drafter")
-        return self._positive("rope_theta", rope["rope_theta"] if "rope_theta" in rope else self.given("rope_theta"))
+        self.refuse_unknown(" of rope_parameters", rope, ("rope_theta", "rope_type", "partial_rotary_factor"))
+        theta = rope.get("rope_theta")
+        return self._positive("rope_theta", self.given("rope_theta") if theta is None else theta)
 
     def softcap(self) -> float | None:
         value = self.get("final_logit_softcapping")
@@ -310,7 +407,9 @@ class _Parser:
     # one key
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self.own.get(name, self.raw.get(name, default))
+        """Null says nothing, there as here."""
+        values = (part.get(name) for part in (self.own, self.raw))
+        return next((value for value in values if value is not None), default)
 
     def given(self, name: str) -> Any:
         """What no default makes right: the families' classes differ in theirs."""
@@ -319,14 +418,8 @@ class _Parser:
             raise InputError(f"{self.where}: {name} is missing")
         return value
 
-    def size(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
-        value = self.get(name, default)
-        return self.whole(name, self.given(name) if value is None else value, least, most)
-
-    def whole(self, name: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
-        if type(value) is not int or not least <= value <= most:
-            self.refuse(name, value, f"a whole number in {least}-{most}")
-        return value
+    def size(self, name: str, least: int = 1) -> int:
+        return whole(name, self.given(name), self.where, least)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name)

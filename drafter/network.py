@@ -98,11 +98,13 @@ class Markov(nn.Module):
         """What the tokens before say: ids (...) -> (..., rank)."""
         return self.markov_w1(ids)
 
-    def correction(self, before: mx.array, ids: mx.array | None = None) -> mx.array:
-        """Added to logits: (..., rank) -> (..., V), or of some ids (..., n) alone."""
-        if ids is None:
-            return self.markov_w2(before)
-        return (self.markov_w2.weight[ids] @ before[..., None])[..., 0]
+    def rows(self, ids: mx.array) -> mx.array:
+        """What `correction` needs for these ids alone: (...) -> (..., rank)."""
+        return self.markov_w2.weight[ids]
+
+    def correction(self, before: mx.array, rows: mx.array | None = None) -> mx.array:
+        """Added to logits: (..., rank) -> (..., V), or of the ids of `rows` (..., n, rank): (..., n)."""
+        return self.markov_w2(before) if rows is None else (rows @ before[..., None])[..., 0]
 
 
 class Confidence(nn.Module):

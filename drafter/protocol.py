@@ -61,8 +61,8 @@ class Drafter(Protocol):
     What it costs is remembered under its `name`, if it has one, or that of its class.
 
     A drafter may also have `extend(tokens, features)`: told of every token once it is encoded, in
-    order, the prompt's chunk by chunk, rejected drafts never; `features` (1, L, n * H) are the
-    outputs of the `taps` layers there, None without taps. All calls together cover tokens[:-1].
+    order, in pieces, rejected drafts never; `features` (1, L, n * H) are the outputs of the `taps`
+    layers there, None without taps. All calls before `propose`, and all calls of a request, cover tokens[:-1].
 
     One that listens may have `snapshot()` and `restore(snapshot)`, so that it can go on behind a cached
     prefix: what it gave when the cache held so many tokens brings it back to that state.

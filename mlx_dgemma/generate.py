@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command import Parser, run_command
 from .config import GenerationConfig
-from .drafter import check_spelling
+from .drafter import check as check_drafter
 from .errors import InputError, UsageError
 from .options import MODES, OF_A_DRAFTER, OF_THE_LOOP, check_bias, check_limits, check_options, sampler_options
 from .prompt import check_text
@@ -203,7 +203,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, help="above 1: make recent tokens less likely (1.0)")
     add("--repetition-context-size", type=int, help="tokens that the penalty looks back (20)")
     add("--logit-bias", type=json_object, metavar="JSON", help="added to logits, e.g. '{\"107\": -5}' (none)")
-    names = "lookup, canvas, block:FOLDER, block:HUB_ID (none)"
+    names = "lookup, canvas[:64x2], block:FOLDER, block:HUB_ID, block:nano (none)"
     add("--drafter", metavar="NAME", help=f"guesses what follows; the answer is the same, sooner: {names}")
     add("--draft-width", type=int, metavar="N", help="tokens to draft a pass, at most 64 (what costs least time here)")
     add("--drafter-bits", type=int, metavar="N", help="block: quantise the drafter to 4 or 8 bits (as it is)")
@@ -238,7 +238,7 @@ def _command(args: argparse.Namespace) -> None:
         raise UsageError("--show-denoising is an option of diffusion mode; ar mode has no canvas to show")
     # what is out of range whatever the checkpoint is said before it is loaded
     check_limits(args.max_tokens, args.prefill_step_size, args.seed, args.drafter, args.draft_width)
-    check_spelling(args.drafter, {name: options[name] for name in OF_A_DRAFTER})
+    check_drafter(args.drafter, {name: options[name] for name in OF_A_DRAFTER})
     alone = ("t_min", "t_max") if None in (args.t_min, args.t_max) else ()  # their order is the checkpoint's matter
     given = {name: options[name] for name in sampler_options(args.mode) if name not in alone}
     GenerationConfig().replace(**given)

@@ -52,7 +52,7 @@ class Text:
 
 
 def first_anchor(prompt: Sequence[int]) -> int:
-    """The prompt's last token; a block with no context at all is never drafted here."""
+    """The prompt's last token; a block with no context at all is never trained here."""
     return max(1, len(prompt) - 1)
 
 
@@ -123,6 +123,13 @@ class Anchored:
         return self._masks[kind]
 
 
+def weights(length: int, anchors: np.ndarray, drafts: int) -> np.ndarray:
+    """Of the drafts (B, K) of blocks at anchors (B,) of a text so long: exp(-k / DECAY), 0 past the end."""
+    order = np.arange(drafts)
+    is_there = anchors[:, None] + order + 1 < length
+    return (is_there * np.exp(-order / DECAY)).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """What blocks at anchors (B,) of a text are compared with, draft by draft (B, K)."""
@@ -130,16 +137,13 @@ class Blocks:
     anchors: np.ndarray
     targets: np.ndarray
     before: np.ndarray  # the token before each target
-    weights: np.ndarray  # exp(-k / DECAY), 0 past the end
+    weights: np.ndarray
 
     @classmethod
     def of(cls, ids: np.ndarray, anchors: np.ndarray, drafts: int) -> Blocks:
         """Of a text's ids (N,)."""
-        places = anchors[:, None] + np.arange(drafts)
-        is_there = places + 1 < len(ids)
-        places = np.minimum(places, len(ids) - 2)
-        weights = is_there * np.exp(-np.arange(drafts) / DECAY)
-        return cls(anchors, ids[places + 1], ids[places], weights.astype(np.float32))
+        places = np.minimum(anchors[:, None] + np.arange(drafts), len(ids) - 2)
+        return cls(anchors, ids[places + 1], ids[places], weights(len(ids), anchors, drafts))
 
     def __getitem__(self, key: slice) -> Blocks:
         return Blocks(self.anchors[key], self.targets[key], self.before[key], self.weights[key])

@@ -2,15 +2,17 @@
 
 Each answer is the one that `stream_generate(mode="ar", seed=seed + number)` gives, by the draws of
 its own seed. A line per answer is appended to a file; after an interruption, those that are whole
-are kept and the group that was not finished is written again.
+are kept and the group that was not finished is written again. Finished, they may be kept in a file
+for other trainings (`keep`, `take`), whose first line says what they depend on.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -18,12 +20,13 @@ from tqdm import tqdm
 from ...config import GenerationConfig
 from ...decoding.prefill import check_prompt
 from ...draws import Draws
-from ...errors import InputError
+from ...errors import InputError, UsageError
 from ...filters import process, shape
 from ...model import DiffusionGemma
 from .anchors import CHUNK
 from .options import Options
 from .prompts import PromptLine
+from .workspace import differing, hashes, write_atomically
 
 
 def check(model: DiffusionGemma, lines: Sequence[PromptLine], prompts: Sequence[Sequence[int]]) -> None:
@@ -37,7 +40,7 @@ def check(model: DiffusionGemma, lines: Sequence[PromptLine], prompts: Sequence[
 
 def write(model: DiffusionGemma, prompts: Sequence[Sequence[int]], options: Options, path: Path) -> list[list[int]]:
     """The answers to all prompts, by number; those that are in the file already are not made again."""
-    known, whole = _read(path)
+    known, whole = _read(path.read_bytes() if path.exists() else b"")
     with path.open("ab") as file, tqdm(total=len(prompts), initial=len(known), desc="Answering", unit="answer") as bar:
         file.truncate(whole)
         tokens = 0
@@ -47,8 +50,7 @@ def write(model: DiffusionGemma, prompts: Sequence[Sequence[int]], options: Opti
             made = answer(model, [prompts[n] for n in numbers], [options.seed + n for n in numbers], options.max_tokens)
             for number, ids in zip(numbers, made, strict=True):
                 if number not in known:
-                    file.write(json.dumps({"number": number, "prompt": list(prompts[number]), "answer": ids}).encode())
-                    file.write(b"\n")
+                    file.write(_line(number, prompts[number], ids))
                     known[number] = ids
                     tokens += len(ids)
                     bar.update()
@@ -58,11 +60,48 @@ def write(model: DiffusionGemma, prompts: Sequence[Sequence[int]], options: Opti
     return [known[number] for number in range(len(prompts))]
 
 
-def _read(path: Path) -> tuple[dict[int, list[int]], int]:
+def take(path: Path, facts: Mapping[str, Any], count: int) -> list[list[int]] | None:
+    """The answers to `count` prompts of a file that `keep` wrote; None if it is not there yet.
+
+    Raises UsageError if it holds others, or could not be written.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: {path.absolute().parent} is not a folder; create it first")
+    try:
+        first, _, rest = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        begun = dict(json.loads(first)["fingerprint"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"{path}: is no file of answers; name another --answers") from None
+    changes = differing(hashes(facts), begun)
+    if changes:
+        raise UsageError(f"{path}: holds answers of other {changes}; remove it or name another --answers")
+    known, whole = _read(rest)
+    if whole < len(rest) or known.keys() != set(range(count)):
+        raise UsageError(f"{path}: is not whole; remove it or name another --answers")
+    return [known[number] for number in range(count)]
+
+
+def keep(path: Path, facts: Mapping[str, Any], prompts: Sequence[Sequence[int]], texts: Sequence[list[int]]) -> None:
+    """Write the answers for `take`; the file is there when it is whole."""
+    lines = [json.dumps({"fingerprint": hashes(facts)}).encode() + b"\n"]
+    lines += [_line(number, *pair) for number, pair in enumerate(zip(prompts, texts, strict=True))]
+    write_atomically(path, lambda new: new.write_bytes(b"".join(lines)))
+
+
+def _line(number: int, prompt: Sequence[int], answer: list[int]) -> bytes:
+    return json.dumps({"number": number, "prompt": list(prompt), "answer": answer}).encode() + b"\n"
+
+
+def _read(data: bytes) -> tuple[dict[int, list[int]], int]:
     """Answers by number, and how many bytes are whole lines: what follows a torn one counts for nothing."""
     known: dict[int, list[int]] = {}
     whole = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for line in data.splitlines(keepends=True):
         try:
             entry = json.loads(line) if line.endswith(b"\n") else {}
             known[int(entry["number"])] = [int(i) for i in entry["answer"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -11,7 +12,8 @@ from .options import DTYPES, FAMILIES, Options, Sizes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(_command, argument_parser(), argv)
+    words = sys.argv[1:] if argv is None else argv
+    run_command(lambda args: _command(args, words), argument_parser(), argv)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -31,12 +33,17 @@ def argument_parser() -> argparse.ArgumentParser:
         help='a JSON line each: {"prompt": "..."}, {"messages": [...]}, or a string',
     )
     add("--out", required=True, metavar="FOLDER", help="to write the drafter to; must not exist")
-    add("--init", metavar="DRAFTER", help="continue this one: a folder or a Hub id (default: a new one)")
+    add("--init", metavar="DRAFTER", help='continue this one: a folder, a Hub id, or "nano" (default: a new one)')
     group = parser.add_argument_group("answers")
     add = group.add_argument
     add("--max-tokens", type=int, default=default.max_tokens, help="of an answer (default: 512)")
     add("--at-once", type=int, default=default.at_once, help="answers written side by side (default: 8)")
     add("--held-out", type=float, default=default.held_out, help="share never trained on, to measure (default: 0.05)")
+    add(
+        "--answers",
+        metavar="FILE",
+        help="take the answers from here if it exists, else keep them here, for trainings with other options",
+    )
     group = parser.add_argument_group("a new drafter; defaults are the published one's for Gemma 4")
     add = group.add_argument
     add("--family", help=f"{' or '.join(FAMILIES)} (default: dflash)")
@@ -79,7 +86,7 @@ def _taps(text: str) -> int | tuple[int, ...]:
     return numbers if "," in text else numbers[0]
 
 
-def _command(args: argparse.Namespace) -> None:
+def _command(args: argparse.Namespace, words: Sequence[str]) -> None:
     given = vars(args)
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     sizes = Sizes(**{field.name: given[field.name] for field in fields(Sizes)})
@@ -94,6 +101,8 @@ def _command(args: argparse.Namespace) -> None:
         options=options,
         revision=args.revision,
         save_every=args.save_every,
+        answers_file=args.answers,
+        typed=["mlx_dgemma.train_drafter", *words],
     )
     print(out)
 

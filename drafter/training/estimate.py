@@ -82,14 +82,15 @@ def estimate(
     features = context * config.hidden_size * (2 * FLOAT * len(drafter.taps) + 2 * dtype.size)
     text = features + 3 * context * rows * FLOAT
     spread = min(options.max_tokens, context)
-    at_once = min(options.anchors, blocks_at_once(drafter, context, spread, options.micro_batch_gb * GB))
+    anchors = min(options.anchors, spread)  # an answer has no more places than tokens
+    at_once = min(anchors, blocks_at_once(drafter, context, spread, options.micro_batch_gb * GB))
     return TrainingEstimate(
         model=model,
         drafter=count * OF_A_WEIGHT,
         text=text,
         blocks=at_once * block_bytes(drafter, context, spread),
         blocks_at_once=at_once,
-        positions=options.batch * min(options.anchors, context) * drafter.positions,
+        positions=options.batch * anchors * drafter.positions,
         context=context,
         parameters=count,
     )

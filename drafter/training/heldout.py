@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...errors import InputError
 from ...model import DiffusionGemma
 from ..network import BlockNetwork
 from .anchors import Blocks, Text, run
@@ -48,7 +49,10 @@ class Accepted:
 
 
 def measure(network: BlockNetwork, model: DiffusionGemma, texts: Iterable[Text], budget: float) -> Accepted:
-    """Of a drafter on some answers; `budget` bytes for blocks that are run together."""
+    """Of a drafter on some answers; `budget` bytes for blocks that are run together.
+
+    Raises InputError if it says what is no number, of which argmax would make an answer.
+    """
     drafts = network.config.drafts
     runs, left = [], []
     for text in texts:
@@ -59,6 +63,8 @@ def measure(network: BlockNetwork, model: DiffusionGemma, texts: Iterable[Text],
         for first in range(0, len(blocks.anchors), size):
             part = blocks[first : first + size]
             logits, _ = run(network, model, text, part, rows)
+            if not mx.isfinite(logits).all().item():
+                raise InputError("the drafter's logits are not finite; lower --lr (the answers are kept)")
             ids = np.array(mx.argmax(logits, axis=-1))
             right = (ids == part.targets) & (part.weights > 0)
             runs.append(np.cumprod(right, axis=1).sum(axis=1))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.generate import wired_limit
 
+from ...config import ModelConfig, read_json
 from ...convert.journal import fingerprint
-from ...errors import UsageError
+from ...errors import InputError, UsageError
 from ...folders import require_new
 from ...loading import load, resolve
 from ...model import DiffusionGemma
 from .. import weights
 from ..block import find
+from ..geometry import BlockConfig
 from ..network import BlockNetwork
 from . import answers, prompts, result, shape
 from .estimate import estimate, require_fit
@@ -27,6 +29,7 @@ from .trainer import Trainer
 from .workspace import workspace
 
 SAVE_EVERY = 100  # steps between checkpoints
+OF_ANSWERS = ("seed", "max_tokens", "at_once")  # options that answers depend on, as on model and prompts
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors")
 
 
@@ -40,6 +43,8 @@ def train_drafter(
     options: Options | None = None,
     revision: str | None = None,
     save_every: int = SAVE_EVERY,
+    answers_file: str | Path | None = None,
+    typed: Sequence[str] = (),
 ) -> Path:
     """Train a block drafter for a checkpoint; returns the folder it wrote.
 
@@ -50,38 +55,50 @@ def train_drafter(
         init: a drafter to continue: a folder, a Hub id, or "nano".
         sizes: of a new drafter.
         save_every: steps between checkpoints.
+        answers_file: finished answers are taken from there if it exists, else kept there.
+        typed: the command, for training.json.
 
     Raises InputError, UsageError: one line that says what is wrong and where.
     """
-    sizes, options, out = sizes or Sizes(), options or Options(), Path(out)
+    sizes, options, out, prompts_file = sizes or Sizes(), options or Options(), Path(out), Path(prompts_file)
     require_new(out)
     if save_every < 1:
         raise UsageError(f"--save-every must be a whole number above 0, not {save_every}")
-    lines = prompts.read(Path(prompts_file))
+    kept = None if answers_file is None else Path(answers_file)
+    if kept is not None and kept.absolute() == out.absolute():
+        raise UsageError(f"--answers {kept} is what --out names, too")
+    data = prompts.contents(prompts_file)
+    lines = prompts.parse(data, prompts_file)
     trained, held = prompts.split(lines, options.held_out)
     folder = resolve(model, revision)
-    main, tokenizer = load(folder)
-    network = _network(main, init, sizes, options)
+    start = None if init is None else find(init)
+    drafter = _config(folder, start, sizes)
+    main, tokenizer = load(folder, lazy=True)
     encoded = prompts.encode(lines, tokenizer)
     answers.check(main, lines, encoded)
-    context = min(max(map(len, encoded)) + options.max_tokens, main.config.max_position_embeddings)
-    need = estimate(
-        main.config, network.config, options, weights=main.memory.weights, dtype=main.dtype, context=context
-    )
-    print(f"Needs about {need}; {need.positions} positions of blocks a step at most", file=sys.stderr)
-    require_fit(need)
+    facts = _facts(folder, encoded, options)
+    texts = None if kept is None else answers.take(kept, facts, len(encoded))
+    _require_fit(main, drafter, options, max(map(len, encoded)))
+    mx.eval(main.parameters())
+    network = _network(main, drafter, start, options)
+    places = [[place for place in of if place] for of in ((model, init), (prompts_file, out, answers_file))]
     about = {
-        "model": _named(model),
-        "init": init and _named(init),
+        "model": result.named(model),
+        "init": init and result.named(init),
+        "command": result.command(typed, map(str, places[0]), map(str, places[1])),
         "prompts": len(lines),
+        "prompts_file": prompts_file.name,
+        "prompts_sha256": hashlib.sha256(data).hexdigest(),
         "held_out_prompts": len(held),
     }
-    facts = _facts(folder, init, encoded, held, network, options)
-    with workspace(out, facts) as work, wired_limit(main):
+    with workspace(out, facts, _training_facts(start, drafter, held, options)) as work, wired_limit(main):
         accepted = None
         trainer = None
         if not work.result.exists():
-            texts = answers.write(main, encoded, options, work.answers)
+            if texts is None:
+                texts = answers.write(main, encoded, options, work.answers)
+                if kept is not None:
+                    answers.keep(kept, facts, encoded, texts)
             trainer = Trainer(main, network, encoded, texts, trained, held, options, work.state)
             trainer.run(save_every)
             accepted = trainer.measure()
@@ -94,38 +111,58 @@ def train_drafter(
     return out
 
 
-def _named(place: str) -> str:
-    """A Hub id as it is; of a folder, its name alone."""
-    return Path(place).resolve().name if Path(place).is_dir() else place
+def _config(folder: Path, start: Path | None, sizes: Sizes) -> BlockConfig:
+    """Of the drafter, by config.json of the model and of what is continued; no weight is read."""
+    where = folder / "config.json"
+    model = ModelConfig.from_dict(read_json(where), str(where))
+    if start is None:
+        return shape.new(model, sizes)
+    where = start / "config.json"
+    config = BlockConfig.from_dict(read_json(where), str(where))
+    config.require_fit(model, str(where))
+    shape.require_same(config, sizes)
+    return config
 
 
-def _network(model: DiffusionGemma, init: str | None, sizes: Sizes, options: Options) -> BlockNetwork:
+def _require_fit(main: DiffusionGemma, drafter: BlockConfig, options: Options, longest: int) -> None:
+    """Say what the training needs, or raise InputError if this machine has less."""
+    context = min(longest + options.max_tokens, main.config.max_position_embeddings)
+    need = estimate(main.config, drafter, options, weights=main.memory.weights, dtype=main.dtype, context=context)
+    require_fit(need)
+    print(f"Needs about {need}; {need.positions} positions of blocks a step at most", file=sys.stderr)
+
+
+def _network(main: DiffusionGemma, config: BlockConfig, start: Path | None, options: Options) -> BlockNetwork:
     """The drafter to begin with, in float32."""
-    if init is not None:
-        network = weights.read(find(init), model)
-        shape.require_same(network.config, sizes)
+    if start is not None:
+        network = weights.read(start, main)
         network.update(tree_map(lambda array: array.astype(mx.float32), network.parameters()))
     else:
-        config = shape.new(model.config, sizes)
         mx.random.seed(options.seed % (1 << 64))
-        network = BlockNetwork(config)
+        try:
+            network = BlockNetwork(config)
+        except (OverflowError, ValueError, TypeError) as error:
+            raise InputError(f"a drafter of these sizes has no arrays in MLX ({error!s:.80})") from None
         if config.markov_rank is not None:  # begins as no correction at all
             network.markov_head.markov_w2.weight = mx.zeros_like(network.markov_head.markov_w2.weight)
     mx.eval(network.parameters())
     return network
 
 
-def _facts(
-    folder: Path, init: str | None, encoded: list[list[int]], held: list[int], network: BlockNetwork, options: Options
-) -> dict[str, Any]:
-    """What the result depends on."""
+def _facts(folder: Path, encoded: list[list[int]], options: Options) -> dict[str, Any]:
+    """What the answers depend on."""
     paths = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
-    paths += sorted(find(init).glob("*.safetensors")) if init else []
-    found = fingerprint(paths, vars(options) | {"drafter": network.config.to_dict()})
-    text = json.dumps([encoded, held]).encode()
-    return {
-        "model": found["sources"],
-        "prompts": hashlib.sha256(text).hexdigest(),
-        "options": found["options"],
-        "versions": found["versions"],
-    }
+    own = {_flag(name): getattr(options, name) for name in OF_ANSWERS}
+    return {"model": fingerprint(paths, {})["sources"], "prompts": encoded} | own
+
+
+def _training_facts(start: Path | None, drafter: BlockConfig, held: list[int], options: Options) -> dict[str, Any]:
+    """What the result depends on beside the answers."""
+    found = fingerprint(sorted(start.glob("*.safetensors")) if start else [], {})
+    own = {_flag(name): value for name, value in vars(options).items() if name not in OF_ANSWERS}
+    held_out = {_flag("held_out"): held}
+    return own | held_out | {"--init": found["sources"], "drafter": drafter.to_dict(), "versions": found["versions"]}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ...prompt import encode_prompt
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+ROLES = ("system", "user", "assistant", "model")  # "model" is what Gemma's templates write for "assistant"
 FORMS = '{"prompt": "..."}, {"messages": [...]} or a JSON string'
 
 
@@ -35,10 +37,19 @@ class PromptLine:
 
 def read(path: Path) -> list[PromptLine]:
     """All prompts of a file. Raises InputError naming the line that is none; empty lines are skipped."""
+    return parse(contents(path), path)
+
+
+def contents(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse(data: bytes, path: Path) -> list[PromptLine]:
+    """The prompts of what a file holds; see `read`."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     lines = [_line(raw, f"{path}, line {number}") for number, raw in enumerate(data.split(b"\n"), 1) if raw.strip()]
     if not lines:
         raise InputError(f"{path}: holds no prompt; give one a line, {FORMS}")
@@ -64,10 +75,18 @@ def _prompt(value: Any, where: str) -> str | list[Any]:
             raise InputError(f'{where}: must have either "prompt" or "messages"')
         value = value["prompt"] if "prompt" in value else value["messages"]
         if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+            _check_roles(value, where)
             return value
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: not a prompt; write {FORMS}")
     return value
+
+
+def _check_roles(messages: list[dict[str, Any]], where: str) -> None:
+    for number, message in enumerate(messages):
+        role = message.get("role", "user")  # that there is one, `encode_prompt` requires
+        if role not in ROLES:
+            raise InputError(f"{where}: message {number}: role must be one of {', '.join(ROLES)}, not {role!r:.80}")
 
 
 def encode(lines: Sequence[PromptLine], tokenizer: TokenizerWrapper) -> list[list[int]]:

@@ -30,7 +30,7 @@ from ...errors import InputError
 from ...memory import GB
 from ...model import DiffusionGemma
 from ..network import BlockNetwork
-from .anchors import Blocks, Rows, Text, first_anchor, loss, main_shares, observe, run
+from .anchors import Blocks, Rows, Text, first_anchor, loss, main_shares, observe, run, weights
 from .estimate import blocks_at_once
 from .heldout import Accepted, measure
 from .options import Options
@@ -45,7 +45,10 @@ ORDER, ANCHORS = 1, 2  # purposes of random numbers
 
 @dataclass
 class Progress:
-    """What a checkpoint says beside weights. `history` holds {"step", "loss", "accepted", ...} by measurement."""
+    """What a checkpoint says beside weights.
+
+    `history` holds {"step", "loss", "accepted", ...} by measurement; before the first step there is no loss.
+    """
 
     step: int = 0
     loss: float = 0.0
@@ -99,7 +102,10 @@ class Trainer:
         self._optimizer.init(network.trainable_parameters())
 
     def run(self, save_every: int) -> None:
-        """From the latest checkpoint, if there is one, to the last step."""
+        """From the latest checkpoint, if there is one, to the last step.
+
+        Raises InputError if the training diverges; the checkpoint stays as it was.
+        """
         if self._state.exists():
             self._load()
         else:
@@ -127,10 +133,16 @@ class Trainer:
     # a step
 
     def step(self, number: int) -> tuple[float, float]:
-        """Train on the answers of a step; its loss, and the length that would have been accepted by its TV."""
+        """Train on the answers of a step; its loss, and the length that would have been accepted by its TV.
+
+        Raises InputError if the loss or its gradient is not finite; then nothing has changed.
+        """
         rate = learning_rate(number, self.total, self.options)
         gradients, total, accepted = self.gradients(number)
-        gradients, _ = optim.clip_grad_norm(gradients, LARGEST_GRADIENT)
+        gradients, norm = optim.clip_grad_norm(gradients, LARGEST_GRADIENT)
+        for name, value in (("loss", total), ("gradient", norm.item())):
+            if not math.isfinite(value):
+                raise InputError(f"step {number + 1}: the {name} is not finite; lower --lr (the answers are kept)")
         # AdamW, whose decay is for matrices alone: it would pull the scales of norms towards zero
         parameters = tree_map(
             lambda p: p * (1 - rate * DECAY) if p.ndim > 1 else p, self.network.trainable_parameters()
@@ -223,7 +235,7 @@ class Trainer:
     def _weight(self, answer: int, anchors: np.ndarray) -> float:
         """Of all drafts of an answer together."""
         length = len(self._prompts[answer]) + len(self._answers[answer])
-        return float(Blocks.of(np.zeros(length), anchors, self.network.config.drafts).weights.sum())
+        return float(weights(length, anchors, self.network.config.drafts).sum())
 
     # what is measured
 
@@ -234,12 +246,16 @@ class Trainer:
             return None
         taps = self.network.config.taps
         texts = (observe(self.model, self._prompts[n], self._answers[n], taps) for n in numbers)
-        return measure(self.network, self.model, texts, self.options.micro_batch_gb * GB)
+        try:
+            return measure(self.network, self.model, texts, self.options.micro_batch_gb * GB)
+        except InputError as error:
+            raise InputError(f"step {self.progress.step}: {error}") from None
 
     def _measure(self) -> None:
         accepted = self.measure(MEASURED)
         if accepted is not None:
-            entry = {"step": self.progress.step, "loss": round(self.progress.loss, 5)} | accepted.to_dict()
+            loss = round(self.progress.loss, 5) if self.progress.step else None
+            entry = {"step": self.progress.step, "loss": loss} | accepted.to_dict()
             self.progress.history.append(entry)
             said = f"step {self.progress.step}: {accepted.lengths[-1]:.2f} of {accepted.most[-1]:.2f} accepted"
             tqdm.write(said, file=sys.stderr)
@@ -250,7 +266,7 @@ class Trainer:
         """Write the checkpoint; the one before is there until the new one is whole."""
         arrays = {f"network.{path}": array for path, array in tree_flatten(self.network.parameters())}
         arrays |= {f"optimizer.{path}": array for path, array in tree_flatten(self._optimizer.state)}
-        metadata = {"progress": json.dumps(vars(self.progress))}
+        metadata = {"progress": json.dumps(vars(self.progress), allow_nan=False)}
         write_atomically(self._state, lambda path: mx.save_safetensors(str(path), arrays, metadata))
 
     def _load(self) -> None:

@@ -1,5 +1,8 @@
 """The folder in which a training grows: locked, resumed by the same command, gone when the drafter is there.
 
+The answers are what takes longest, and how a drafter is trained on them does not change them: a command
+that differs in that alone keeps them and begins to train anew.
+
 .out.partial/
     lock                  held by the process that trains
     run.json              what the training depends on, hashed by part
@@ -45,19 +48,30 @@ class Workspace:
                 sync(path)
             growing.rename(self.result)
             sync(self.folder)
-        for path in (self.answers, self.state):
-            path.unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
         self.result.rename(self.out)
         sync(self.out.parent)
+        self.answers.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
+
+    def restart(self) -> None:
+        """Forget all but the answers."""
+        self.state.unlink(missing_ok=True)
+        if self.result.exists():
+            growing = self.folder / f"{RESULT}.growing"  # half a result is none
+            shutil.rmtree(growing, ignore_errors=True)
+            self.result.rename(growing)
+            shutil.rmtree(growing)
+        sync(self.folder)
 
 
 @contextmanager
-def workspace(out: Path, facts: Mapping[str, Any]) -> Iterator[Workspace]:
+def workspace(out: Path, facts: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[Workspace]:
     """The working folder of a training that makes `out`.
 
     Args:
-        facts: what the result depends on, JSON by part; leftovers that were begun with others are refused.
+        facts: what the answers depend on, JSON by part; leftovers that were begun with others are refused.
+        training: what the result depends on beside them; with others, only the answers are kept.
 
     Raises UsageError: `out` exists, another process or another command is at work there. InputError: the disk.
     """
@@ -73,9 +87,10 @@ def workspace(out: Path, facts: Mapping[str, Any]) -> Iterator[Workspace]:
         except BlockingIOError:
             raise UsageError(f"{folder}: another process is training there; wait for it or stop it") from None
         require_new(out)  # the process that held the lock may just have finished
-        _require_same(folder, {key: _hash(value) for key, value in facts.items()})
+        work = Workspace(out, folder)
         try:
-            yield Workspace(out, folder)
+            _begin(work, hashes(facts), hashes(training))
+            yield work
         except OSError as error:
             reason = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
             raise InputError(f"{out}: {reason}; {what_stays(folder)}") from None
@@ -88,26 +103,43 @@ def what_stays(folder: Path) -> str:
     return f"what is done stays in {folder}, the same command goes on from there"
 
 
-def _require_same(folder: Path, hashes: dict[str, str]) -> None:
-    path = folder / RUN
-    if not path.exists():
-        write_atomically(path, lambda new: new.write_text(json.dumps(hashes, indent=1) + "\n"))
-        return
-    try:
-        begun = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        begun = {}
-    changes = sorted(key for key in hashes.keys() | begun.keys() if hashes.get(key) != begun.get(key))
+def _begin(work: Workspace, facts: dict[str, str], training: dict[str, str]) -> None:
+    """Go on with what is there, or begin."""
+    path = work.folder / RUN
+    begun = _begun(path) if path.exists() else {"answers": facts, "training": training}
+    changes = differing(facts, begun["answers"])
     if changes:
-        what = " and ".join([", ".join(changes[:-1]), changes[-1]] if changes[1:] else changes)
         raise UsageError(
-            f"{folder}: was begun with other {what}; give the same again to go on, "
+            f"{work.folder}: was begun with other {changes}; give the same again to go on, "
             "or remove that folder, or name another --out"
         )
+    changes = differing(training, begun["training"])
+    if changes:
+        work.restart()
+        print(f"{work.folder}: other {changes}; the answers are kept, training begins at step 0", file=sys.stderr)
+    if changes or not path.exists():
+        said = json.dumps({"answers": facts, "training": training}, indent=1) + "\n"
+        write_atomically(path, lambda new: new.write_text(said))
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _begun(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        begun = json.loads(path.read_text())
+        return {part: dict(begun[part]) for part in ("answers", "training")}
+    except (ValueError, TypeError, KeyError):
+        return {"answers": {}, "training": {}}
+
+
+def hashes(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Of JSON, by part."""
+    texts = {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
+    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
+
+
+def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """The parts that are not the same, in words; empty if there are none."""
+    changes = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    return " and ".join([", ".join(changes[:-1]), changes[-1]] if changes[1:] else changes)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

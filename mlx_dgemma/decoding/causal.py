@@ -122,7 +122,7 @@ def decode(
                 widths.stepped(count, seconds)
             elif guard.active:
                 widths.verified(count, asked, draft, accepted, counts.drafter_seconds - charged, seconds)
-                charged = counts.drafter_seconds
+            charged = counts.drafter_seconds
             try:
                 for number, token in enumerate(emitted):
                     tokens.append(token)
@@ -137,6 +137,7 @@ def decode(
             ahead = following
     finally:
         cache.rollback(max(0, cache.length - len(tokens) + 1))
+        guard.tell()
 
 
 def agreement(draft: Sequence[int], samples: Sequence[int]) -> int:

@@ -8,13 +8,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import index
 
+import mlx.core as mx
+
 from ..drafter.protocol import NOTHING, Draft, DraftContext, Drafter
 from ..model import Taps
 from .counts import Counts
 
+HELD = 64  # tokens of which a drafter is told at once, unless it is asked before
+
 
 class GuardedDrafter:
     """Asks a drafter and passes on what the loop can use.
+
+    A drafter that listens is told of tokens when it is asked, and in between now and then: work of
+    its own after every plain step would wait for the next one, which is launched ahead.
 
     Whatever the drafter raises, or ids that are not in the vocabulary, turn it off for the rest of
     the request; more tokens than were asked for are cut. Both are counted in `counts`.
@@ -24,6 +31,7 @@ class GuardedDrafter:
         self._drafter, self._vocab_size, self._counts = drafter, vocab_size, counts
         self.name = str(getattr(drafter, "name", type(drafter).__name__))
         self.taps: tuple[int, ...] = tuple(drafter.taps) if drafter is not None else ()
+        self._untold: list[tuple[list[int], mx.array | None]] = []  # tokens, features
         if drafter is not None:
             with self._watched("reset"):
                 drafter.reset()
@@ -39,23 +47,35 @@ class GuardedDrafter:
 
     def resume(self, snapshot: object) -> None:
         """Have it go on from what its `snapshot()` gave."""
-        with self._watched("restore"):
-            self._drafter.restore(snapshot)
+        if self._drafter is not None:
+            with self._watched("restore"):
+                self._drafter.restore(snapshot)
 
     def propose(self, context: DraftContext, width: int) -> Draft:
         """At most `width` ids of the vocabulary; none if it is off or has no guess."""
         draft = NOTHING
+        if width > 0:
+            self.tell()
         if self._drafter is not None and width > 0:
             with self._watched("propose"):
                 draft = self._checked(self._drafter.propose(context, width), width)
         return draft
 
     def extend(self, tokens: Sequence[int], tapped: Taps) -> None:
-        """Tell it of tokens that are encoded for good, with the features of those positions."""
-        if self.listens:
+        """Tokens that are encoded for good, and what was tapped at their positions: it is told in time."""
+        if self.listens and tokens:
+            self._untold.append((list(tokens), tapped.features[:, : len(tokens)] if self.taps else None))
+            if sum(len(ids) for ids, _ in self._untold) >= HELD:
+                self.tell()
+
+    def tell(self) -> None:
+        """Tell it of all tokens that it has not heard of."""
+        untold, self._untold = self._untold, []
+        if self.listens and untold:
             with self._watched("extend"):
-                features = tapped.features[:, : len(tokens)] if self.taps else None
-                self._drafter.extend(list(tokens), features)
+                ids = [token for tokens, _ in untold for token in tokens]
+                features = mx.concatenate([features for _, features in untold], axis=1) if self.taps else None
+                self._drafter.extend(ids, features)
 
     def _checked(self, draft: Draft, width: int) -> Draft:
         self._counts.denoise_forwards += len(draft.passes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.decoding.costs import Costs
 from mlx_dgemma.decoding.width import Widths
 from mlx_dgemma.drafter.canvas import Canvas
 from mlx_dgemma.drafter.lookup import Lookup
@@ -180,8 +182,34 @@ def test_a_drafter_that_failed_is_not_called_again(model):
         assert done.counts.encode_forwards == 1 + config.max_new_tokens
     heard = failing_in("extend", plain(model, SHORT).text, 2)
     assert_lossless(model, heard, SHORT, GREEDY, width=3, prefill_step=2)
-    assert heard.calls == 0
-    assert heard.heard == SHORT[:2]
+    assert heard.calls == 1, "what it did not hear of before the second draft it failed to hear"
+    assert heard.heard == SHORT[:-1]
+
+
+def test_plain_steps_are_not_charged_to_the_next_draft(model, monkeypatch):
+    """It is told of 64 tokens at once, and only what a draft itself took counts as its cost."""
+    told, charged = [], []
+    drafter = Hearing(guess(plain(model, SHORT, GREEDY.replace(max_new_tokens=200)).text, 0), taps=(0,))
+    extend = drafter.extend
+
+    def slow(tokens, features):
+        told.append(len(tokens))
+        assert features.shape[1] == len(tokens)
+        time.sleep(0.02)
+        extend(tokens, features)
+
+    drafter.extend = slow
+    real = Widths.verified
+
+    def verified(widths, context, asked, draft, accepted, drafter_seconds, seconds):
+        charged.append(drafter_seconds if asked else 0.0)
+        real(widths, context, asked, draft, accepted, drafter_seconds, seconds)
+
+    monkeypatch.setattr(Widths, "verified", verified)
+    config = GREEDY.replace(max_new_tokens=200)
+    assert_lossless(model, drafter, SHORT, config, widths=Widths(Costs(plain=1.0, verified={1: 1.0, 16: 5.0})))
+    assert sum(told) == len(SHORT) + 200 - 1 and len(told) < 30
+    assert charged and max(charged) < 0.06, "not 0.02 for every step in between"
 
 
 def test_a_drafter_that_ends_the_process_is_not_held_back(model):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -16,10 +18,11 @@ from mlx_dgemma.config import FULL, SLIDING
 from mlx_dgemma.decoding.costs import Costs
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.decoding.width import Widths
-from mlx_dgemma.drafter import block
-from mlx_dgemma.drafter.block import Block, make
+from mlx_dgemma.drafter import block, weights
+from mlx_dgemma.drafter.block import Block, Shared, make
 from mlx_dgemma.drafter.head import Head
 from mlx_dgemma.drafter.protocol import Draft, DraftContext
+from mlx_dgemma.errors import UsageError
 from mlx_dgemma.layers import Pass
 from mlx_dgemma.model import DiffusionGemma, Taps
 from tests.decoding.runs import CHEAP, GREEDY, VOCAB, WARM, assert_lossless, lively_model, plain, run
@@ -464,44 +467,140 @@ def test_a_quantised_drafters_matrices_are_quantised(model, folders, bits):
     assert arrays["fc.weight"].nbytes * 32 == bits * 2 * HIDDEN * HIDDEN * 4
 
 
+def packed(mode: str, group: int, bits: int) -> DiffusionGemma:
+    """A main model with a quantised embedding."""
+    model = lively_model(hidden_size=HIDDEN)
+    kind = model.model.decoder.embed_tokens.to_quantized(group_size=group, bits=bits, mode=mode)
+    model.model.decoder.embed_tokens = kind
+    return model
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "bits"),
+    [("affine", 32, 4), ("affine", 64, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)],
+)
+def test_rows_of_a_quantised_head_stay_packed(monkeypatch, mode, group, bits):
+    model, ids = packed(mode, group, bits), [3, 77, 100]
+    embedding = model.model.decoder.embed_tokens
+    hidden = mx.random.normal((5, HIDDEN))
+    whole = model.logits(hidden)
+    monkeypatch.setattr(type(embedding), "__call__", None)  # it dequantises
+    head = Head(model, ids=ids)
+    assert mx.allclose(head(hidden)[:, ids], whole[:, ids], atol=1e-4)
+    assert sum(array.nbytes for array in head._project._arrays) * VOCAB == 3 * sum(
+        array.nbytes for _, array in tree_flatten(embedding.parameters())
+    )
+    # no copy where the head has no more bits than are asked for
+    assert mx.array_equal(Head(model, bits=8)(hidden), whole)
+    assert not hasattr(Head(model, bits=8)._project, "_arrays")
+    assert mx.array_equal(Head(model, bits=8, ids=ids)(hidden), head(hidden))
+    monkeypatch.undo()
+    if bits == 8:
+        assert Head(model, bits=4)._project._mode == {"group_size": 64, "bits": 4}
+
+
 # --- weights are read once
 
 
-def test_weights_are_read_once_for_a_model_and_its_options(model, folders, monkeypatch):
-    reads = []
-    own = block.read
-    monkeypatch.setattr(block, "read", lambda *given: reads.append(given) or own(*given))
-    monkeypatch.setattr(block, "_loaded", [])
+@pytest.fixture
+def shared(monkeypatch):
+    """Caches of this test alone; the folders that were read, and the heads that were made."""
+    made = {"networks": [], "heads": []}
+    own_read, own_head = weights.read, block.Head
+    monkeypatch.setattr(weights, "read", lambda *given: made["networks"].append(given) or own_read(*given))
+    monkeypatch.setattr(block, "Head", lambda *given: made["heads"].append(given) or own_head(*given))
+    monkeypatch.setattr(block, "networks", Shared())
+    monkeypatch.setattr(block, "heads", Shared())
+    return made
+
+
+def test_weights_are_read_once_for_a_model_and_its_options(model, folders, shared):
     one, other = make(model, folders("dflash")), make(model, folders("dflash"))
-    assert len(reads) == 1
     assert one is not other
     assert one.network is other.network
+    assert one._head is other._head
     assert one._cache is not other._cache
-    for options in ({"drafter_bits": 4}, {"draft_head_bits": 4}, {"draft_vocab": 9}, {"draft_vocab": [3]}):
+    for options in ({"draft_head_bits": 4}, {"draft_vocab": 9}, {"draft_vocab": [3]}):
         for _ in range(2):
-            assert make(model, folders("dflash"), **options).name != one.name
-    assert (
-        make(model, folders("dflash"), draft_vocab=range(9)).name == make(model, folders("dflash"), draft_vocab=9).name
-    )
+            again = make(model, folders("dflash"), **options)
+            assert again.name != one.name
+            assert again.network is one.network  # its heads differ alone
+    assert len(shared["networks"]) == 1
+    assert len(shared["heads"]) == 4
+    quantised = make(model, folders("dflash"), drafter_bits=4)
+    assert quantised.network is not one.network
+    assert quantised.name != one.name
+    by_range, by_count = (make(model, folders("dflash"), draft_vocab=given) for given in (range(9), 9))
+    assert by_range.name == by_count.name
     make(model, folders("dspark"))
     make(lively_model(hidden_size=HIDDEN), folders("dflash"))
-    assert len(reads) == 7
+    assert len(shared["networks"]) == 4
 
 
-def test_weights_go_with_their_model(folders, monkeypatch):
-    monkeypatch.setattr(block, "_loaded", [])
+def test_a_folder_that_is_written_again_is_read_again(model, folders, shared, tmp_path):
+    folder = shutil.copytree(folders("dflash"), tmp_path / "drafter")
+    one = make(model, str(folder))
+    for file in folder.iterdir():
+        file.touch()
+    other = make(model, str(folder))
+    assert other.network is not one.network
+    assert mx.array_equal(other.network.fc.weight, one.network.fc.weight)
+    write_drafter(folder, RAW["dspark"])
+    assert make(model, str(folder)).network.config.markov_rank == 8
+    assert len(shared["networks"]) == 3
+    assert len(shared["heads"]) == 1
+
+
+def test_a_vocabulary_is_read_and_checked_once(model, folders, shared, tmp_path, monkeypatch):
+    file, reads = tmp_path / "ids.json", []
+    own = block.read_vocabulary
+    monkeypatch.setattr(block, "read_vocabulary", lambda *given: reads.append(given) or own(*given))
+    file.write_text("[3, 4]")
+    for given in (file, str(file), [5, 6], (5, 6), np.array([5, 6])):
+        for _ in range(2):
+            drafter = make(model, folders("dflash"), draft_vocab=given)
+            assert drafter._head.size == 2
+    assert len(reads) == 2
+    file.write_text("[3, 4, 5]")
+    assert make(model, folders("dflash"), draft_vocab=file)._head.size == 3
+    assert len(reads) == 3
+
+
+def test_the_latest_few_are_kept(model, folders, shared):
+    for count in range(1, 9):
+        make(model, folders("dflash"), draft_vocab=count)
+        make(model, folders("dflash"), draft_vocab=1)  # in use
+    assert len(block.heads.entries) == block.KEPT
+    assert len(shared["heads"]) == 8
+    make(model, folders("dflash"), draft_vocab=2)
+    assert len(shared["heads"]) == 9
+
+
+def test_what_fails_is_not_kept(model, folders, shared):
+    for _ in range(2):
+        with pytest.raises(UsageError):
+            make(model, folders("dflash"), draft_vocab=VOCAB + 1)
+    assert block.heads.entries == []
+
+
+def test_weights_go_with_their_model(folders, shared):
     model = lively_model(hidden_size=HIDDEN)
     options = ({}, {"draft_head_bits": 4}, {"draft_vocab": 9})
     drafters = [weakref.ref(make(model, folders("dflash"), **given).network) for given in options]
     gc.collect()
     assert all(reference() is not None for reference in drafters)
+    for made in shared.values():
+        made.clear()
     alive, embedding = weakref.ref(model), weakref.ref(model.model.decoder.embed_tokens)
     del model
     gc.collect()
     assert alive() is None
     assert embedding() is None
-    assert block._loaded == []
+    assert block.heads.entries == block.networks.entries == []
     assert all(reference() is None for reference in drafters)
+
+
+# --- the correction
 
 
 def test_the_correction_reorders_candidates_alone(model, folders):
@@ -511,10 +610,74 @@ def test_the_correction_reorders_candidates_alone(model, folders):
     for seed in range(8):
         logits = mx.random.normal((VOCAB,), key=mx.random.key(seed))
         before = 3 * markov.before(mx.array(seed))
-        row, whole = drafter._reordered(logits, before), logits + markov.correction(before)
+        best = block.candidates(logits[None])[0]
+        row, whole = drafter._reordered(logits, best, markov.rows(best), before), logits + markov.correction(before)
         order = mx.argsort(-logits)
-        best, others = order[: block.CANDIDATES], order[block.CANDIDATES :]
+        assert sorted(best.tolist()) == sorted(order[: block.CANDIDATES].tolist())
+        others = order[block.CANDIDATES :]
         assert mx.allclose(row[best], whole[best], atol=1e-5)
         assert row[others].max() <= row[best].min() + 1e-5
         assert mx.isfinite(row).all()
         assert mx.argmax(row).item() in best.tolist()
+
+
+@pytest.mark.parametrize("size", [5, 64, 65, 131, 512, 512 * 64, 512 * 65, 512 * 65 + 1, 512 * 130])
+@pytest.mark.parametrize("known", [1.0, 0.001])
+def test_candidates_are_the_likeliest(size, known):
+    """Of wide vocabularies too, and where most ids cannot be drafted."""
+    logits = mx.random.normal((3, size), key=mx.random.key(size))
+    logits = mx.where(mx.random.uniform(shape=(size,), key=mx.random.key(1)) <= known, logits, -mx.inf)
+    logits[:, size // 2] = 0.5
+    best, count = block.candidates(logits), min(size, block.CANDIDATES)
+    assert best.shape == (3, count)
+    assert all(len(set(ids)) == count and max(ids) < size for ids in best.tolist())
+    found = mx.sort(mx.take_along_axis(logits, best, axis=-1), axis=-1)
+    assert mx.array_equal(found, mx.sort(logits, axis=-1)[:, size - count :])
+
+
+def test_candidates_are_searched_once_a_draft(model, folders, monkeypatch):
+    """What looks at the whole vocabulary does so for all positions together; nothing waits in between."""
+    drafter = told(model, make(model, folders("dspark")), PROMPT)
+    expected, calls = asked(model, drafter, PROMPT), []
+    for name in ("argpartition", "eval"):
+        own = getattr(mx, name)
+        monkeypatch.setattr(
+            mx, name, lambda *given, own=own, name=name, **how: calls.append(name) or own(*given, **how)
+        )
+    assert asked(model, drafter, PROMPT) == expected
+    assert calls == ["argpartition", "eval"]
+
+
+def test_likely_is_what_is_so_among_the_candidates(model, folders):
+    raw = changed(RAW["dspark"], "own.enable_confidence_head", False)
+    network, rows, stray = random_network(raw), [], 0
+    drafter = told(model, Block(network, Head(model)), PROMPT)
+
+    def sample(logits, first):  # the likeliest, and now and then the least likely
+        rows.append(logits[0])
+        return mx.argmax(logits, axis=-1) if first % 3 else mx.argmin(logits, axis=-1)
+
+    ids, confidences = asked(model, drafter, PROMPT, sample=sample)
+    for token, confidence, row in zip(ids, confidences, rows, strict=True):
+        shares = mx.softmax(mx.sort(row)[-block.CANDIDATES :])
+        if row[token] > mx.sort(row)[-block.CANDIDATES]:
+            assert confidence == pytest.approx(shares.max().item(), rel=1e-4)
+        else:
+            stray += 1
+            assert 0 <= confidence <= 1 / block.CANDIDATES
+    assert stray
+
+
+# --- what is waited for
+
+
+@pytest.mark.parametrize(("count", "waits"), [(1, False), (64, False), (65, True), (2048, True)])
+def test_a_few_tokens_are_not_waited_for(model, folders, monkeypatch, count, waits):
+    """They would wait for the step that is launched ahead; a chunk of a prompt is, or its features were held."""
+    drafter, calls = make(model, folders("dflash")), []
+    for name in ("eval", "async_eval"):
+        own = getattr(mx, name)
+        monkeypatch.setattr(mx, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
+    drafter.extend([0] * count, mx.zeros((1, count, 2 * HIDDEN)))
+    assert calls == (["eval"] if waits else ["async_eval"])
+    assert drafter._cache.length == count

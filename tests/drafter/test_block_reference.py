@@ -24,6 +24,7 @@ from mlx_dgemma.drafter.head import Head
 from mlx_dgemma.drafter.network import BlockNetwork
 from mlx_dgemma.drafter.protocol import DraftContext
 from mlx_dgemma.model import DiffusionGemma
+from tests.drafter.test_geometry import write
 from tests.helpers import random_model, with_text
 
 pytestmark = pytest.mark.reference
@@ -471,7 +472,7 @@ def test_what_we_write_is_read_by_mlx_vlm(tmp_path, name):
     raw, length = CONFIGS[name], MIDDLE
     given, features = random_weights(raw), random_features(raw, length)
     drafter = our_drafter(raw, given)
-    weights.write(drafter.network, tmp_path / "ours", mx.float32)
+    write(drafter.network, tmp_path / "ours", mx.float32)
     loaded, kind = load_drafter(str(tmp_path / "ours"))
     assert kind == "dflash"
     assert type(loaded).__name__ == (
@@ -488,7 +489,7 @@ def test_written_in_bfloat16_it_is_read_by_mlx_vlm(tmp_path):
     from mlx_vlm.speculative.drafters import load_drafter
 
     raw = CONFIGS["confidence, sliding"]
-    weights.write(our_drafter(raw, random_weights(raw)).network, tmp_path / "ours")
+    write(our_drafter(raw, random_weights(raw)).network, tmp_path / "ours")
     loaded, _ = load_drafter(str(tmp_path / "ours"))
     assert loaded.fc.weight.dtype == mx.bfloat16
     read = weights.read(tmp_path / "ours", main_model(131))
@@ -626,8 +627,8 @@ def by_the_token_itself(patch):
     """The correction of a position by its own best guess."""
     own = Block._reordered
 
-    def itself(self, logits, before):
-        return own(self, logits, self.network.markov_head.before(mx.argmax(logits)))
+    def itself(self, logits, best, rows, before):
+        return own(self, logits, best, rows, self.network.markov_head.before(mx.argmax(logits)))
 
     patch.setattr(Block, "_reordered", itself)
 

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.nano.tasks import held_out
 from mlx_dgemma.cache import CacheReader
+from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.decoding import causal
 from mlx_dgemma.decoding.width import Widths
 from mlx_dgemma.drafter import canvas, check_name, make
@@ -40,7 +41,9 @@ from tests.decoding.runs import (
 
 @pytest.fixture(scope="module")
 def model():
-    return lively_model()
+    model = lively_model()
+    model.generation_config = GenerationConfig()
+    return model
 
 
 def encoded(model, tokens):
@@ -127,7 +130,7 @@ def test_the_last_token_costs_nothing_of_the_entropy_bound(monkeypatch, model):
 def test_the_checkpoints_sampler_is_used(monkeypatch, model):
     heats = []
     monkeypatch.setattr(canvas, "temperature", lambda *about: heats.append(temperature(*about)) or heats[-1])
-    monkeypatch.setattr(model, "generation_config", GREEDY.replace(t_min=0.1, t_max=0.9), raising=False)
+    monkeypatch.setattr(model, "generation_config", GREEDY.replace(t_min=0.1, t_max=0.9))
     Canvas(steps=4).propose(context(model, LONG), 4)
     assert heats == pytest.approx([0.9, 0.7, 0.5])
 
@@ -359,7 +362,7 @@ def test_it_is_made_by_name(tiny):
     assert made.taps == ()
     made = make("canvas:64x2", tiny)
     assert (made.length, made.steps) == (64, 2)
-    with pytest.raises(UsageError, match=r"write canvas:\[POSITIONSxSTEPS\]$"):
+    with pytest.raises(UsageError, match=r"write canvas\[:POSITIONSxSTEPS\]$"):
         check_name("canvas:")
     for wrong in ("64", "x2", "64x", "64x2x1", "-64x2", "64x9", "1x1", "9" * 50 + "x1", "a"):
         with pytest.raises(UsageError, match="canvas"):

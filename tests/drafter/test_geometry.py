@@ -7,15 +7,17 @@ import math
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dgemma.config import FULL, SLIDING, ModelConfig
+from mlx_dgemma.drafter import weights
 from mlx_dgemma.drafter.block import make
-from mlx_dgemma.drafter.geometry import BlockConfig
-from mlx_dgemma.drafter.head import read_vocabulary
+from mlx_dgemma.drafter.geometry import LARGEST, LIMITS, BlockConfig
+from mlx_dgemma.drafter.head import read_vocabulary, spelled
 from mlx_dgemma.drafter.network import BlockNetwork
-from mlx_dgemma.drafter.weights import quantise, read, write
+from mlx_dgemma.drafter.weights import quantise, read, write_into
 from mlx_dgemma.errors import InputError, UsageError
 from tests.decoding.runs import GREEDY, assert_lossless
 from tests.helpers import random_model, with_text
@@ -117,6 +119,12 @@ def write_drafter(folder: Path, raw: dict = SMALL, tensors: dict | None = None) 
     mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     (folder / "config.json").write_text(json.dumps(raw))
     return folder
+
+
+def write(network: BlockNetwork, folder: Path, dtype: mx.Dtype = mx.bfloat16) -> None:
+    """As a training leaves it, in a new folder."""
+    folder.mkdir()
+    write_into(network, folder, dtype)
 
 
 # --- what is read
@@ -249,6 +257,20 @@ def test_what_a_block_of_dspark_holds(changes, expected):
         ("dflash_query_causal", True, "causal", True),
         ("rope_parameters", {"rope_theta": 7e4, "rope_type": "default"}, "rope_theta", 7e4),
         ("rope_parameters", {"rope_type": "default"}, "rope_theta", 5e5),
+        ("rope_parameters", {"rope_theta": None, "rope_type": None}, "rope_theta", 5e5),
+        # null says nothing, and hides nothing
+        ("own.block_size", None, "positions", 7),
+        ("own.hidden_size", None, "hidden_size", 24),
+        ("own.swa_window_size", None, "windows", [8, None]),
+        ("own.rope_theta", None, "rope_theta", 5e5),
+        ("own.layer_types", None, "kinds", (SLIDING, FULL)),
+        ("own.architectures", None, "markov_rank", 5),
+        ("own.markov_rank", None, "markov_rank", 256),
+        ("own.projector_type", None, "markov_rank", 5),
+        ("own.causal", None, "causal", False),
+        # how many drafts others ask for
+        ("own.block_size_policy", "adaptive", "positions", 7),
+        ("own.dflash_initial_block_size", 4, "positions", 7),
         ("final_logit_softcapping", 30, "final_logit_softcapping", 30.0),
     ],
 )
@@ -294,13 +316,11 @@ def test_files_come_back_as_they_were_written(tmp_path, tiny):
         back = dict(tree_flatten(read(folder, tiny).parameters()))
         assert all(mx.array_equal(array, back.pop(name)) for name, array in tree_flatten(network.parameters()))
         assert not back
-        with pytest.raises(UsageError, match="exists already"):
-            write(network, folder)
     network = random_network({**SMALL, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16})
     quantise(network, 4, "here")
     with pytest.raises(ValueError, match="quantised"):
         write(network, tmp_path / "quantised")
-    assert not (tmp_path / "quantised").exists()
+    assert not list((tmp_path / "quantised").iterdir())
 
 
 # --- what is refused
@@ -353,6 +373,14 @@ REFUSED = [
     ("rope_is_neox_style", False, "rope_is_neox_style = False is not supported"),
     ("own.markov_head_type", "gated", "markov_head_type = 'gated' is not supported"),
     ("quantization", {"group_size": 64, "bits": 4}, "quantization = {'group_size': 64"),
+    # keys that may mean anything
+    ("own.markov_ranks", 5, "the key 'markov_ranks' of dflash_config is not known"),
+    ("own.use_cache", True, "the key 'use_cache' of dflash_config is not known"),
+    ("own.dflash_config", {}, "the key 'dflash_config' of dflash_config is not known"),
+    ("own.a\nb" + 200 * "c", 1, "the key 'a\\nbccc"),
+    ("qk_norm", False, "the key 'qk_norm' is not known"),
+    ("logit_scale", 2.0, "the key 'logit_scale' is not known"),
+    ("rope_parameters", {"rope_theta": 1e4, "mrope_section": [1]}, "the key 'mrope_section' of rope_parameters"),
     # missing
     *[
         (key, MISSING, f"{key} is missing")
@@ -397,6 +425,9 @@ REFUSED = [
     ("own.draft_window_size", 0, "draft_window_size must be a whole number"),
     ("own.mask_token_id", 131, "mask_token_id 131 is not in the vocabulary of 131"),
     ("own.mask_token_id", -1, "mask_token_id must be a whole number in 0-"),
+    ("own.markov_rank", 1 << 25, "markov_rank must be a whole number in 1-16777216"),
+    ("own.draft_window_size", 1 << 25, "draft_window_size must be a whole number in 1-16777216"),
+    ("sliding_window", 1 << 25, "sliding_window must be a whole number in 1-16777216"),
     ("own.markov_rank", 0, "markov_rank must be a whole number in 1-"),
     ("own.markov_rank", "5", "markov_rank must be a whole number"),
     ("own.sample_from_anchor", "false", "sample_from_anchor must be true or false, not 'false'"),
@@ -409,7 +440,7 @@ REFUSED = [
     ("rope_theta", float("inf"), "rope_theta must be a positive number"),
     ("rope_theta", 10**400, "rope_theta must be a positive number"),
     ("rope_parameters", [1], "rope_parameters must be an object"),
-    ("rope_parameters", {"rope_theta": None}, "rope_theta must be a positive number"),
+    ("rope_parameters", {"rope_theta": "1e4"}, "rope_theta must be a positive number"),
     ("final_logit_softcapping", "30", "final_logit_softcapping must be a positive number"),
     ("final_logit_softcapping", True, "final_logit_softcapping must be a positive number"),
 ]
@@ -437,11 +468,64 @@ def test_a_config_that_is_refused(tmp_path, tiny, key, value, said):
         ({"confidence_head.proj.weight": mx.zeros((1, 24))}, "proj.weight has the shape (1, 24)"),
         ({"norm.weight": mx.ones((24,), dtype=mx.int32)}, "norm.weight is I32; weights must be F32, F16 or BF16"),
         ({"norm.weight": mx.ones((24,), dtype=mx.uint8)}, "norm.weight is U8"),
+        ({"fc.weight": mx.full((24, 48), mx.nan)}, "tensor fc.weight holds numbers that are not finite in float32"),
+        ({"norm.weight": mx.array([*[1.0] * 23, mx.inf])}, "norm.weight holds numbers that are not finite"),
+        ({"confidence_head.proj.bias": mx.array([-mx.inf])}, "proj.bias holds numbers that are not finite"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )
 def test_tensors_that_are_refused(tmp_path, tiny, tensors, said):
     refused(tiny, write_drafter(tmp_path, tensors=tensors), said)
+
+
+def test_weights_that_the_models_dtype_does_not_hold_are_refused(tmp_path):
+    model = random_model()
+    model.set_dtype(mx.float16)
+    tensors = {"norm.weight": mx.full((24,), 1e6)}
+    refused(model, write_drafter(tmp_path, tensors=tensors), "norm.weight holds numbers that are not finite in float16")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"positions": LIMITS["block_size"] + 1}, "block_size must be a whole number in 0-4096, not 4097"),
+        ({"positions": 1}, "a block of 1 positions holds no draft"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number in 1-1024"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be"),
+        ({"intermediate_size": LARGEST + 1}, "intermediate_size must be"),
+        ({"intermediate_size": 36.0}, "intermediate_size must be"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be"),
+        ({"sliding_window": LARGEST + 1}, "sliding_window must be"),
+        ({"draft_window": 0}, "draft_window_size must be"),
+        ({"markov_rank": LARGEST + 1}, "markov_rank must be"),
+    ],
+)
+def test_a_new_drafter_obeys_the_same_limits(tiny, sizes, said):
+    with pytest.raises(InputError) as error:
+        BlockConfig.for_model(tiny.config, **sizes)
+    assert str(error.value).startswith("the drafter's sizes: ")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("raw", [PUBLISHED, SMALL])
+def test_what_transformers_writes_beside_it_is_harmless(raw):
+    more = {"_name_or_path": "x", "auto_map": {}, "pad_token_id": None, "torch_dtype": "bfloat16", "use_cache": False}
+    more |= {"transformers_version": "5.0", "max_window_layers": 3, "use_sliding_window": False, "dtype": "float32"}
+    assert BlockConfig.from_dict(raw | more) == BlockConfig.from_dict(raw)
+
+
+def test_embedded_and_downloaded_folders(tmp_path, monkeypatch):
+    assert weights.find("nano") == weights.EMBEDDED_DRAFTER
+    asked = []
+    monkeypatch.setattr(weights, "_downloaded", {})
+    monkeypatch.setattr(weights, "resolve", lambda place: asked.append(place) or tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert weights.find("owner/name") == tmp_path
+    assert asked == ["owner/name"]  # the Hub once
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    weights.find("owner/name")
+    assert len(asked) == 2  # a folder goes first
 
 
 # same sizes of q_proj and k_proj, cut into heads otherwise: caught by the norms of a head
@@ -489,7 +573,7 @@ def test_places_that_are_refused(tiny, place, tmp_path, monkeypatch):
         ({"drafter_bits": "4"}, "drafter_bits must be 4 or 8", UsageError),
         ({"drafter_bits": 4}, "cannot be quantised in groups", InputError),
         ({"draft_head_bits": 16}, "draft_head_bits must be 4 or 8, not 16", UsageError),
-        ({"draft_head_bits": 4}, "draft_head_bits: a head 24 wide cannot be quantised", UsageError),
+        ({"draft_head_bits": 4}, "draft_head_bits: matrices 24 wide cannot be quantised", UsageError),
         ({"draft_vocab": 0}, "draft_vocab: must hold ids in 0-130", UsageError),
         ({"draft_vocab": 132}, "draft_vocab: must hold ids", UsageError),
         ({"draft_vocab": -1}, "draft_vocab: must hold ids", UsageError),
@@ -500,6 +584,15 @@ def test_places_that_are_refused(tiny, place, tmp_path, monkeypatch):
         ({"draft_vocab": [131]}, "draft_vocab: must hold ids", UsageError),
         ({"draft_vocab": []}, "draft_vocab: must hold ids", UsageError),
         ({"draft_vocab": ["3"]}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": [-1]}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": [3, True]}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": [3, 4.0]}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": b"ab"}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": bytearray(b"ab")}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": memoryview(b"ab")}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": np.array([3.0])}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": np.array([[3]])}, "draft_vocab: must hold ids", UsageError),
+        ({"draft_vocab": np.array([True])}, "draft_vocab: must hold ids", UsageError),
         (
             {"draft_vocab": "no/such/file.json"},
             "draft_vocab no/such/file.json: neither a number nor a file",
@@ -529,7 +622,7 @@ def test_a_vocabulary_file_that_is_refused(tmp_path, content, said):
     path = tmp_path / "ids.json"
     path.write_bytes(content)
     with pytest.raises(InputError) as error:
-        read_vocabulary(str(path), 131)
+        read_vocabulary(spelled(str(path)), 131)
     assert said in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -538,6 +631,13 @@ def test_a_vocabulary_file_that_is_refused(tmp_path, content, said):
 def test_vocabularies(tmp_path):
     path = tmp_path / "ids.json"
     path.write_text("[5, 3, 5]")
-    assert read_vocabulary(None, 131) is None
-    assert read_vocabulary(3, 131) == read_vocabulary("3", 131) == read_vocabulary(range(3), 131) == [0, 1, 2]
-    assert read_vocabulary(path, 131) == read_vocabulary(str(path), 131) == [5, 3, 5]
+
+    def read(given):
+        ids = read_vocabulary(spelled(given), 131)
+        return None if ids is None else list(ids)
+
+    assert read(None) is None
+    for three in (3, "3", range(3), (0, 1, 2), np.int64(3), np.arange(3), np.arange(3, dtype=np.uint8), mx.arange(3)):
+        assert read(three) == [0, 1, 2]
+    assert read(list(np.arange(3))) == [0, 1, 2]
+    assert read(path) == read(str(path)) == [5, 3, 5]

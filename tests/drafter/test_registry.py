@@ -5,11 +5,11 @@ from importlib import import_module
 import pytest
 
 from mlx_dgemma import drafter
-from mlx_dgemma.drafter import DRAFTERS, Entry, check_name, check_object, make
+from mlx_dgemma.drafter import DRAFTERS, Entry, check, check_name, check_object, make
 from mlx_dgemma.drafter.lookup import Lookup
 from mlx_dgemma.drafter.oracle import Oracle
 from mlx_dgemma.drafter.protocol import Draft
-from mlx_dgemma.errors import UsageError
+from mlx_dgemma.errors import InputError, UsageError
 
 
 class Whole:
@@ -78,9 +78,27 @@ def test_names_that_need_an_argument(monkeypatch, tiny):
 
 @pytest.mark.parametrize("given", ["lookup", "canvas", None, Whole()])
 def test_options_of_another_drafter_are_refused(tiny, given):
-    with pytest.raises(UsageError, match="drafter_bits is an option of the drafter block; this is "):
+    with pytest.raises(UsageError, match=r"drafter_bits is an option of the drafter block; (this is|name it)"):
         make(given, tiny, drafter_bits=4)
     make(given, tiny, drafter_bits=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("canvas:999x9", {}, "length of a canvas drafter"),
+        ("block:/no/such/place", {}, "no such folder"),
+        ("block:nano", {"drafter_bits": 5}, "drafter_bits must be 4 or 8, not 5"),
+        ("block:nano", {"draft_head_bits": 3}, "draft_head_bits must be 4 or 8, not 3"),
+        ("block:nano", {"draft_vocab": "/no/file"}, "neither a number nor a file"),
+        ("lookup", {"draft_vocab": "5"}, "draft_vocab is an option of the drafter block"),
+    ],
+)
+def test_what_is_wrong_without_any_model_is_said_before_one_is_loaded(name, options, said):
+    check("block:nano", {"drafter_bits": 4, "draft_head_bits": None, "draft_vocab": "500"})
+    check("block:someone/something", {})  # not asked for yet
+    with pytest.raises(InputError, match=said):
+        check(name, options)
 
 
 def test_objects_are_taken_as_they_are_or_made_fresh(tiny):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.drafter.network import Behind
-from mlx_dgemma.drafter.training.anchors import Anchored, Blocks, loss, main_shares, observe, run
+from mlx_dgemma.drafter.training.anchors import Anchored, Blocks, loss, main_shares, observe, run, weights
 from tests.drafter.training.small import FAMILIES, KINDS, random_network, random_text, small_config
 
 PROMPT, ANSWER = random_text(9, 1), random_text(23, 2)
@@ -93,6 +93,7 @@ def test_targets_and_weights():
     assert blocks.targets[1, :2].tolist() == IDS[-2:]
     np.testing.assert_allclose(blocks.weights[0], np.exp(-np.arange(4) / 4), rtol=1e-6)
     np.testing.assert_allclose(blocks.weights[1], [1, np.exp(-0.25), 0, 0], rtol=1e-6)
+    np.testing.assert_array_equal(weights(len(IDS), blocks.anchors, 4), blocks.weights)
 
 
 def test_the_main_models_distribution_is_that_of_ar_mode(tiny):

@@ -1,9 +1,11 @@
 """The command: whole runs, kills at random moments, leftovers, and what is refused in one line."""
 
+import hashlib
 import json
 import os
 import random
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -19,6 +21,7 @@ from mlx_dgemma.drafter import weights
 from mlx_dgemma.drafter.block import Block
 from mlx_dgemma.drafter.head import Head
 from mlx_dgemma.drafter.training.command import main
+from mlx_dgemma.drafter.training.result import command
 from mlx_dgemma.drafter.training.workspace import ANSWERS, STATE
 from mlx_dgemma.generate import stream_generate
 from mlx_dgemma.loading import load
@@ -79,7 +82,13 @@ def test_a_run(whole, given):
     assert re.search(r"\d+ tokens/s, peak memory [\d.]+ GB", stderr) and "loss" in stderr
     record = json.loads((out / "training.json").read_text())
     assert record["steps"] == STEPS and record["options"]["seed"] == 0 and record["versions"]["mlx"]
+    assert record["history"][0]["loss"] is None and record["history"][1]["loss"] > 0
     assert len(record["held_out"]["accepted"]) == 5 and record["peak_memory_gb"] > 0 < record["tokens_per_second"]
+    assert record["prompts"] == COUNT and record["prompts_file"] == "prompts.jsonl"
+    assert record["prompts_sha256"] == hashlib.sha256(Path(given[3]).read_bytes()).hexdigest()
+    assert record["options"]["held_out"] == 0.2 and 0 < record["held_out_prompts"] < COUNT
+    words = [*"mlx_dgemma.train_drafter --model model --prompts prompts.jsonl".split(), *FLAGS, *DSPARK, *QUICK]
+    assert shlex.split(record["command"]) == [*words, "--out", "out"]
     model, tokenizer = load(given[1])
     network = weights.read(out, model)
     drafter = Block(network, Head(model))
@@ -157,7 +166,8 @@ def test_leftovers_of_another_command_are_refused(given, tmp_path, capsys, monke
     assert end.value.code == 130 and "the same command goes on from there" in said
     answers = tmp_path / ".out.partial" / ANSWERS
     before = answers.read_bytes()
-    assert "begun with other options; give the same" in refused([*argv, "--lr", "1e-3"], capsys, 2)
+    assert "begun with other --max-tokens; give the same" in refused([*argv, "--max-tokens", 9], capsys, 2)
+    assert "begun with other --at-once and --seed;" in refused([*argv, "--seed", 1, "--at-once", 2], capsys, 2)
     other = [*argv, "--prompts", write_prompts(tmp_path / "other.jsonl", COUNT - 1)]
     assert "begun with other prompts; give the same" in refused(other, capsys, 2)
     assert answers.read_bytes() == before
@@ -171,7 +181,7 @@ def test_leftovers_of_another_command_are_refused(given, tmp_path, capsys, monke
         patch.setattr(Path, "rename", stopping)
         with pytest.raises(SystemExit):
             main([str(word) for word in argv])
-    assert not (tmp_path / "out").exists() and not answers.exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial" / STATE).exists()
     main([str(word) for word in argv])
     assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / ".out.partial").exists()
     assert "exists already" in refused(argv, capsys, 2)
@@ -183,6 +193,87 @@ def test_leftovers_of_another_command_are_refused(given, tmp_path, capsys, monke
     main([str(word) for word in [*onward, "--layers", 2, "--lr", 1e-9]])
     old, new = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("out", "onward"))
     assert all(mx.abs(old[name] - new[name]).max().item() < 1e-2 for name in old)
+
+
+def test_other_training_options_keep_the_answers(given, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / ".out.partial"
+    argv = [*given, *FLAGS, *QUICK, "--out", tmp_path / "out", "--answers", tmp_path / "kept.jsonl"]
+
+    def train(*words) -> str:
+        main([str(word) for word in [*argv, *words]])
+        return capsys.readouterr().err
+
+    # one that diverges: the checkpoint before it stays, nothing is published
+    said = refused([*argv, "--lr", "1e30", "--save-every", 1], capsys, 1)
+    assert re.search(r"step \d+: the (loss|gradient) is not finite; lower --lr", said)
+    arrays = mx.load(str(folder / STATE))
+    assert all(mx.isfinite(array).all().item() for array in arrays.values())
+    assert not (tmp_path / "out").exists() and not (folder / "result").exists()
+    before = (folder / ANSWERS).read_bytes()
+    kept = (tmp_path / "kept.jsonl").read_bytes()
+    assert kept.partition(b"\n")[0].startswith(b'{"fingerprint"')
+    assert sorted(kept.splitlines()[1:]) == sorted(before.splitlines())
+
+    def never(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("mlx_dgemma.drafter.training.answers.answer", never)
+    (tmp_path / "kept.jsonl").unlink()  # those of the working folder are enough
+    rename = Path.rename
+
+    def stopping(path, to):
+        if to == tmp_path / "out":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:  # interrupted when the result is whole
+        patch.setattr(Path, "rename", stopping)
+        with pytest.raises(SystemExit):
+            train("--lr", 1e-3, "--layers", 1)
+    said = capsys.readouterr().err
+    assert f"{folder}: other --lr and drafter; the answers are kept, training begins at step 0" in said
+    assert (folder / "result").exists() and (tmp_path / "kept.jsonl").read_bytes() == kept
+    said = train("--micro-batch-gb", 1, "--dtype", "float32")
+    assert "other --dtype, --lr, --micro-batch-gb and drafter; the answers are kept" in said
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["options"]["lr"] == 6e-4 and record["steps"] == STEPS
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
+
+    # a later training, from the file
+    said = train("--out", tmp_path / "later", "--lr", 1e-3)
+    assert "begins at step 0" not in said and (tmp_path / "later" / "model.safetensors").exists()
+    assert (tmp_path / "kept.jsonl").read_bytes() == kept
+
+
+def test_answers_that_are_others(given, tmp_path, capsys, monkeypatch):
+    kept = tmp_path / "kept.jsonl"
+    argv = [*given, *FLAGS, *QUICK, "--answers", kept]
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_dgemma.drafter.training.trainer.Trainer.run", lambda *_: None)
+        main([str(word) for word in [*argv, "--held-out", 0, "--out", tmp_path / "first"]])
+    data, argv = kept.read_bytes(), [*argv, "--out", tmp_path / "out"]
+    said = refused([*argv, "--max-tokens", 9], capsys, 2)
+    assert "kept.jsonl: holds answers of other --max-tokens; remove it or name another --answers" in said
+    for wrong, reason in (
+        (b"", "is no file of answers"),
+        (b"mine\n", "is no file of answers"),
+        (b"[1]\n", "is no file of answers"),
+        (data[:-3], "is not whole"),
+        (data[: data.rindex(b"\n", 0, -1) + 1], "is not whole"),
+    ):
+        kept.write_bytes(wrong)
+        assert reason in refused(argv, capsys, 2) and kept.read_bytes() == wrong
+    assert "cannot be read" in refused([*argv, "--answers", tmp_path], capsys, 1)
+    assert "is what --out names" in refused([*argv, "--answers", tmp_path / "out"], capsys, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "kept.jsonl"]
+
+
+def test_a_command_is_kept_without_paths(tmp_path):
+    (tmp_path / "model").mkdir()
+    model, prompts = str(tmp_path / "model"), str(tmp_path / "my prompts.jsonl")
+    words = ["train", "--model", model, f"--prompts={prompts}", "--init", "z-lab/drafter", "--lr", "1e-3"]
+    said = command(words, [model, "z-lab/drafter"], [prompts])
+    assert said == "train --model model '--prompts=my prompts.jsonl' --init z-lab/drafter --lr 1e-3"
 
 
 def test_what_is_no_unfinished_training_is_left_alone(given, tmp_path, capsys):
@@ -202,6 +293,10 @@ def test_what_is_no_unfinished_training_is_left_alone(given, tmp_path, capsys):
         ("--dtype int8", "--dtype must be one of"),
         ("--family eagle", "--family must be one of dflash, dspark"),
         ("--block 65", "--block must be at most 64"),
+        ("--layers 1000000000", "num_hidden_layers must be a whole number in 1-1024"),
+        ("--intermediate-size 99999999999", "intermediate_size must be a whole number in 1-"),
+        ("--intermediate-size 16000000", "training needs about"),
+        ("--answers none/file", "is not a folder; create it first"),
         ("--block 1", "--block must be a whole number of 2 at least"),
         ("--markov-rank 4", "--markov-rank is of --family dspark"),
         ("--taps 1,9", "are not layers 0-2"),
@@ -214,15 +309,25 @@ def test_what_is_no_unfinished_training_is_left_alone(given, tmp_path, capsys):
     ],
 )
 def test_what_is_refused(words, said, given, tmp_path, capsys):
-    status = 1 if "cannot be read" in said or "no such" in said else 2
+    status = 1 if any(part in said for part in ("cannot be read", "no such", "needs about")) else 2
     assert said in refused([*given, *FLAGS, "--out", tmp_path / "out", *words.split()], capsys, status)
     assert not list(tmp_path.iterdir())
 
 
 def test_too_little_memory(given, tmp_path, capsys, monkeypatch):
+    """Is said once, before a weight is read or made."""
+
+    def never(*_, **__):
+        raise AssertionError
+
+    for name in ("BlockNetwork", "weights.read", "mx.eval"):
+        monkeypatch.setattr(f"mlx_dgemma.drafter.training.pipeline.{name}", never)
     monkeypatch.setattr("mlx_dgemma.drafter.training.estimate.machine_memory", lambda: 10**6)
-    said = refused([*given, *FLAGS, "--out", tmp_path / "out"], capsys, 1)
+    with pytest.raises(SystemExit):
+        main([*given, *FLAGS, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
     assert "training needs about" in said and "this machine has 0.00 GB" in said
+    assert len(said.splitlines()) == said.lower().count("needs about") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -232,4 +337,5 @@ def test_help_comes_without_mlx():
         "try:\n    main(['--help'])\nfinally:\n    print('loaded' if 'mlx.core' in sys.modules else 'quick')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'a folder, a Hub id, or "nano"' in " ".join(done.stdout.split())
     assert done.stdout.rstrip().endswith("quick") and "--prompts FILE" in done.stdout

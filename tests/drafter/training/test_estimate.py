@@ -54,6 +54,9 @@ def test_what_costs_what():
     assert of_the_26b(micro_batch_gb=8).blocks_at_once > 3 * need.blocks_at_once
     assert of_the_26b(micro_batch_gb=1e-6).blocks_at_once == 1
     assert of_the_26b(anchors=3).blocks < need.blocks
+    few = of_the_26b(max_tokens=3)  # an answer of three tokens has three places
+    assert few.blocks_at_once == 3 and few.positions == 4 * 3 * 16
+    assert of_the_26b(max_tokens=511).positions == 4 * 511 * 16
     assert of_the_26b(at_once=64).model > need.model
 
 

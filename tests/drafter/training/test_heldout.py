@@ -10,6 +10,7 @@ from mlx_dgemma.drafter.head import Head
 from mlx_dgemma.drafter.protocol import DraftContext
 from mlx_dgemma.drafter.training.anchors import observe
 from mlx_dgemma.drafter.training.heldout import measure
+from mlx_dgemma.errors import InputError
 from tests.drafter.training.small import FAMILIES, random_network, random_text, small_config
 
 
@@ -46,5 +47,14 @@ def test_accepted_length_is_that_of_the_drafter(family, tiny):
     np.testing.assert_allclose(accepted.lengths, expected, atol=1e-9)
     left = len(ids) - 1 - text.places
     np.testing.assert_allclose(accepted.most, [np.minimum(left, width).mean() for width in range(1, drafts + 1)])
+    network.norm.weight = network.norm.weight * float("nan")
+    with pytest.raises(InputError, match="logits are not finite; lower --lr"):
+        measure(network, tiny, [text], 1e9)
+
+
+def test_a_block_at_a_time(tiny):
+    network = random_network(small_config())
+    text = observe(tiny, random_text(7), random_text(9, 3), network.config.taps)
+    accepted = measure(network, tiny, [text], 1e9)
     small = measure(network, tiny, [text], 1)  # a block at a time
     np.testing.assert_allclose(small.lengths, accepted.lengths)

@@ -42,6 +42,12 @@ def test_every_form_of_a_prompt(tmp_path, nano):
         (b'{"text": "a"}', 'either "prompt" or "messages"'),
         (b'{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
         (b"[" * 100_000, "not JSON"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}',
+            "message 1: role must",
+        ),
+        (b'{"messages": [{"role": ["user"], "content": "a"}]}', "message 0: role must be one of system, user"),
+        (b'{"messages": [{"role": null, "content": "a"}]}', "message 0: role must"),
     ],
 )
 def test_a_broken_line_is_named(line, reason, tmp_path):
@@ -60,7 +66,20 @@ def test_a_prompt_that_cannot_be_encoded_is_named(tmp_path, nano):
         prompts.encode(prompts.read(path), nano[1])
 
 
-@pytest.mark.parametrize("data", [b"", b"\n \n"])
+def test_roles(tmp_path):
+    messages = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user", "model", "user")]
+    assert prompts.read(written(tmp_path, {"messages": messages}))[0].prompt == messages
+
+
+def test_a_byte_order_mark(tmp_path):
+    path = written(tmp_path, b'\xef\xbb\xbf"first"', b"\xef\xbb\xbf3")
+    with pytest.raises(InputError, match="line 2: not JSON"):
+        prompts.read(path)
+    path = written(tmp_path, b'\xef\xbb\xbf{"prompt": "first"}', "second")
+    assert [line.prompt for line in prompts.read(path)] == ["first", "second"]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_an_empty_file(data, tmp_path):
     with pytest.raises(InputError, match="holds no prompt"):
         prompts.read(written(tmp_path, data))

@@ -1,18 +1,21 @@
 """Gradients, learning, and what a checkpoint has to hold."""
 
+import dataclasses
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.drafter.geometry import BlockConfig
-from mlx_dgemma.drafter.training import answers
+from mlx_dgemma.drafter.training import answers, result
 from mlx_dgemma.drafter.training.anchors import observe
 from mlx_dgemma.drafter.training.estimate import FLOAT, block_bytes, parameters
 from mlx_dgemma.drafter.training.heldout import measure
 from mlx_dgemma.drafter.training.options import Options
+from mlx_dgemma.drafter.training.pipeline import _network
 from mlx_dgemma.drafter.training.trainer import Trainer, learning_rate
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import stream_generate
@@ -136,6 +139,48 @@ def test_a_checkpoint_holds_all_that_matters(tiny, tmp_path):
         assert mx.array_equal(array, flat(resumed.network.parameters())[path]), path
     assert resumed.progress.step == whole.progress.step == 4
     assert [entry["step"] for entry in whole.progress.history] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_training_that_diverges_leaves_the_checkpoint(what, tiny, tmp_path, monkeypatch):
+    one = trainer(tiny, random_network(small_config()), tmp_path)
+    one.step(0)
+    one.progress.step = 1
+    one.save()
+    before = one._state.read_bytes()
+    right = one.gradients
+
+    def wrong(number):
+        gradients, loss, accepted = right(number)
+        if what == "loss":
+            return gradients, float("nan"), accepted
+        return tree_map(lambda array: array * float("inf"), gradients), loss, accepted
+
+    monkeypatch.setattr(one, "gradients", wrong)
+    with pytest.raises(InputError, match=f"step 2: the {what} is not finite; lower --lr"):
+        one.run(save_every=1)
+    assert one._state.read_bytes() == before
+    assert all(mx.isfinite(array).all().item() for array in flat(one.network.parameters()).values())
+
+
+def test_weights_that_are_no_numbers_are_not_written(tiny, tmp_path):
+    network = random_network(small_config())
+    one = trainer(tiny, network, tmp_path)
+    network.norm.weight = network.norm.weight * 1e6
+    for dtype, scale in (("float16", 1.0), ("float32", float("nan"))):
+        network.norm.weight = network.norm.weight * scale
+        with pytest.raises(InputError, match=f"norm.weight is not finite in {dtype}; lower --lr"):
+            result.write(tmp_path, one, Options(dtype=dtype), None, {})
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="step 0: the drafter's logits are not finite"):
+        trainer(tiny, network, tmp_path, held=[0]).run(save_every=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_no_array_has(tiny):
+    config = dataclasses.replace(small_config(), intermediate_size=99999999999)
+    with pytest.raises(InputError, match="a drafter of these sizes has no arrays in MLX"):
+        _network(tiny, config, None, Options())
 
 
 def test_every_answer_once_an_epoch_and_anchors_at_random(tiny, tmp_path):
