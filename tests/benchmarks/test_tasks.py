@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from benchmarks.nano import prompts
 from benchmarks.nano.score import paired, table
 from benchmarks.nano.tasks import GRIDS, TASKS, held_out, training_stream
 
@@ -81,3 +82,15 @@ def test_paired_differences():
     assert mean == 0
     assert half == pytest.approx(1.96 * (2 / 3 / 4) ** 0.5)
     assert "| json | 0.500 | 3.00 | 0.500 | 0.500 | +0.000 ± 0.800 |" in table({"json": rows}, {"json": other})
+
+
+def test_prompts_to_train_a_drafter_on_are_none_that_are_held_out(tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    prompts.main(["--count", "30", "--leave-out", "edit", "--out", str(file)])
+    written = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    assert len(written) == len(set(written)) == 30 * (len(TASKS) - 1)
+    assert not any(prompt.startswith("set ") for prompt in written)
+    assert not set(written) & {example.prompt for examples in held_out().values() for example in examples}
+    with pytest.raises(SystemExit) as end:
+        prompts.main(["--leave-out", "poetry", "--out", str(file)])
+    assert end.value.code == 2 and "poetry: there are" in capsys.readouterr().err
