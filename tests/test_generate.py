@@ -8,6 +8,7 @@ import pytest
 from mlx_dgemma import GenerationResponse, InputError, UsageError, generate, load, stream_generate
 from mlx_dgemma.drafter import Draft
 from mlx_dgemma.drafter.lookup import Lookup
+from mlx_dgemma.loading import EMBEDDED
 from mlx_dgemma.response import statistics
 from tests.helpers import write_checkpoint
 
@@ -112,6 +113,23 @@ def test_a_drafter_changes_the_passes_and_not_the_answer(nano, temperature):
         drafted[-1].encode_forwards - 2
     )
     assert not any(r.from_draft or r.drafted_tokens for r in plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"drafter_bits": 8, "draft_head_bits": 8}, {"draft_vocab": 700}], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_drafter_that_comes_with_nano(nano, temperature, options):
+    """It saves passes, and nothing else changes; it is a small file."""
+    passes = {}
+    for prompt in ("sudoku .42. .1.. 43.. 1.3.", ASK):
+        plain, drafted = (
+            list(stream_generate(*nano, prompt, mode="ar", temperature=temperature, seed=3, **given))
+            for given in ({}, {"drafter": "block:nano", "draft_width": 16, **options})
+        )
+        assert [r.token for r in drafted] == [r.token for r in plain]
+        assert drafted[-1].drafter_failure is None
+        passes[prompt] = drafted[-1].encode_forwards / plain[-1].encode_forwards
+    assert max(passes.values()) < 0.75 and min(passes.values()) < 0.5, passes
+    assert sum(path.stat().st_size for path in (EMBEDDED / "drafter").iterdir()) < 3e6
 
 
 def test_ar_responses_come_token_by_token(nano):
