@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..checkpoint import INDEX, Checkpoint
 from ..errors import InputError, UsageError
-from ..folders import require_new
+from ..folders import require_new, resumable, sync, what_stays
 from .journal import JOURNAL, Journal, manifest, record
 from .shards import PART, SHARD, Output, Reader, Shard, TensorWriter, plan, to_bytes
 
@@ -86,27 +86,16 @@ def run(
     _check_names(files)
     shards = plan([output for job in jobs for output in job.outputs], shard_size, metadata)
     facts = {**fingerprint, "plan": [shard.header.hex() for shard in shards]}
-    with _partial_folder(out) as (work, journal):
-        try:
-            _resume(work, journal, facts, shards)
-            _require_space(work, journal, shards, files)
-            _write(jobs, work, journal, shards, progress)
-            _complete(work, shards, files, total_parameters)
-            if check is not None:
-                _check(check, work)
-            os.rename(work, out)
-            _sync_folder(out.parent)
-        except OSError as error:
-            reason = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-            raise InputError(f"{out}: {reason}; {_what_stays(work)}") from None
-        except KeyboardInterrupt:
-            print(f"{out}: {_what_stays(work)}", file=sys.stderr)
-            raise
+    with _partial_folder(out) as (work, journal), resumable(out, work):
+        _resume(work, journal, facts, shards)
+        _require_space(work, journal, shards, files)
+        _write(jobs, work, journal, shards, progress)
+        _complete(work, shards, files, total_parameters)
+        if check is not None:
+            _check(check, work)
+        os.rename(work, out)
+        sync(out.parent)
     return out
-
-
-def _what_stays(work: Path) -> str:
-    return f"what is done stays in {work}, the same command goes on from there"
 
 
 def _check_names(files: Files) -> None:
@@ -168,7 +157,7 @@ def _require_space(work: Path, journal: Journal, shards: list[Shard], files: Fil
     need += sum(content.stat().st_size if isinstance(content, Path) else len(content) for content in files.values())
     free = shutil.disk_usage(work).free
     if need > free:
-        kept = f"; {_what_stays(work)}" if journal.tensors else ""
+        kept = f"; {what_stays(work)}" if journal.tensors else ""
         if not journal.tensors:
             shutil.rmtree(work)
         raise InputError(f"{work.parent}: needs {need:,} bytes, {free:,} are free; make room{kept}")
@@ -201,7 +190,7 @@ def _write(jobs: list[Job], work: Path, journal: Journal, shards: list[Shard], p
     for shard in shards:
         if not (work / shard.name).exists():
             shard.prepare(work / (shard.name + PART))
-    _sync_folder(work)
+    sync(work)
     places = {info.name: info for shard in shards for info in shard.tensors}
     done = sum(_finished(journal, shard) for shard in shards)
     total = sum(info.nbytes for info in places.values())
@@ -239,7 +228,7 @@ def _complete(work: Path, shards: list[Shard], files: Files, total_parameters: i
     files = {INDEX: _index(shards, total_parameters), **files}
     for name in sorted(files, key=lambda name: (name == CONFIG, name)):
         _put(work / name, files[name])
-    _sync_folder(work)
+    sync(work)
 
 
 def _check(check: Callable[[Path], None], work: Path) -> None:
@@ -268,14 +257,6 @@ def _put(path: Path, content: bytes | Path) -> None:
             file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def verify(out: str | Path, sources_check: Callable[[Reader], None] | None = None, *, progress: bool = True) -> None:

@@ -63,8 +63,7 @@ class Journal:
 
     def changes(self, facts: Mapping[str, Any]) -> list[str]:
         """Which parts of a fingerprint are not as they were."""
-        hashes, begun = _hashes(facts), self.begun or {}
-        return sorted(key for key in hashes.keys() | begun.keys() if hashes.get(key) != begun.get(key))
+        return differing(hashes(facts), self.begun or {})
 
     def forget(self) -> None:
         self.begun, self.tensors = None, {}
@@ -72,7 +71,7 @@ class Journal:
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Write the fingerprint into an empty journal."""
-        self.begun = _hashes(facts)
+        self.begun = hashes(facts)
         self._append({"fingerprint": self.begun})
 
     def add(self, tensors: Mapping[str, Record]) -> None:
@@ -101,7 +100,13 @@ def manifest(folder: Path) -> dict[str, Record]:
     return _parse(path.read_bytes())[1]
 
 
-def _hashes(facts: Mapping[str, Any]) -> dict[str, str]:
+def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """The parts that are not the same."""
+    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+
+
+def hashes(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Of JSON, by part."""
     texts = {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
     return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
 

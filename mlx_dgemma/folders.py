@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UsageError
+from .errors import InputError, UsageError
 
 
 def expanded(path: str | Path) -> Path:
@@ -48,3 +49,29 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+@contextmanager
+def resumable(out: Path, work: Path) -> Iterator[None]:
+    """Whatever the disk or Ctrl-C ends, what is done stays in `work`, and that is said."""
+    try:
+        yield
+    except OSError as error:
+        reason = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        raise InputError(f"{out}: {reason}; {what_stays(work)}") from None
+    except KeyboardInterrupt:
+        print(f"{out}: {what_stays(work)}", file=sys.stderr)
+        raise
+
+
+def what_stays(work: Path) -> str:
+    return f"what is done stays in {work}, the same command goes on from there"
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -18,6 +18,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ...config import GenerationConfig
+from ...convert.journal import hashes
 from ...decoding.prefill import check_prompt
 from ...draws import Draws
 from ...errors import InputError, UsageError
@@ -26,7 +27,7 @@ from ...model import DiffusionGemma
 from .anchors import CHUNK
 from .options import Options
 from .prompts import PromptLine
-from .workspace import differing, hashes, write_atomically
+from .workspace import changes_in_words, write_atomically
 
 
 def check(model: DiffusionGemma, lines: Sequence[PromptLine], prompts: Sequence[Sequence[int]]) -> None:
@@ -77,7 +78,7 @@ def take(path: Path, facts: Mapping[str, Any], count: int) -> list[list[int]] | 
         begun = dict(json.loads(first)["fingerprint"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{path}: is no file of answers; name another --answers") from None
-    changes = differing(hashes(facts), begun)
+    changes = changes_in_words(hashes(facts), begun)
     if changes:
         raise UsageError(f"{path}: holds answers of other {changes}; remove it or name another --answers")
     known, whole = _read(rest)

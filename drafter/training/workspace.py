@@ -14,7 +14,6 @@ that differs in that alone keeps them and begins to train anew.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, UsageError
-from ...folders import require_new
+from ...convert.journal import differing, hashes
+from ...errors import UsageError
+from ...folders import require_new, resumable, sync
 
 LOCK, RUN, ANSWERS, STATE, RESULT = "lock", "run.json", "answers.jsonl", "state.safetensors", "result"
 
@@ -88,32 +88,22 @@ def workspace(out: Path, facts: Mapping[str, Any], training: Mapping[str, Any]) 
             raise UsageError(f"{folder}: another process is training there; wait for it or stop it") from None
         require_new(out)  # the process that held the lock may just have finished
         work = Workspace(out, folder)
-        try:
+        with resumable(out, folder):
             _begin(work, hashes(facts), hashes(training))
             yield work
-        except OSError as error:
-            reason = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-            raise InputError(f"{out}: {reason}; {what_stays(folder)}") from None
-        except KeyboardInterrupt:
-            print(f"{out}: {what_stays(folder)}", file=sys.stderr)
-            raise
-
-
-def what_stays(folder: Path) -> str:
-    return f"what is done stays in {folder}, the same command goes on from there"
 
 
 def _begin(work: Workspace, facts: dict[str, str], training: dict[str, str]) -> None:
     """Go on with what is there, or begin."""
     path = work.folder / RUN
     begun = _begun(path) if path.exists() else {"answers": facts, "training": training}
-    changes = differing(facts, begun["answers"])
+    changes = changes_in_words(facts, begun["answers"])
     if changes:
         raise UsageError(
             f"{work.folder}: was begun with other {changes}; give the same again to go on, "
             "or remove that folder, or name another --out"
         )
-    changes = differing(training, begun["training"])
+    changes = changes_in_words(training, begun["training"])
     if changes:
         work.restart()
         print(f"{work.folder}: other {changes}; the answers are kept, training begins at step 0", file=sys.stderr)
@@ -130,15 +120,9 @@ def _begun(path: Path) -> dict[str, dict[str, str]]:
         return {"answers": {}, "training": {}}
 
 
-def hashes(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Of JSON, by part."""
-    texts = {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
-    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
-
-
-def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """The parts that are not the same, in words; empty if there are none."""
-    changes = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+def changes_in_words(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """The parts that are not the same; empty if there are none."""
+    changes = differing(ours, theirs)
     return " and ".join([", ".join(changes[:-1]), changes[-1]] if changes[1:] else changes)
 
 
@@ -149,12 +133,3 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     sync(new)
     os.replace(new, path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

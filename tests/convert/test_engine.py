@@ -330,7 +330,7 @@ def test_a_command_that_changed_when_all_was_done_but_the_rename(tmp_path, monke
     def fail(*_):
         raise Stopped
 
-    monkeypatch.setattr(engine, "_sync_folder", fail)
+    monkeypatch.setattr(engine, "sync", fail)
     with pytest.raises(Stopped):
         convert(tmp_path / "out", files={**FILES, "old.txt": b""})
     monkeypatch.undo()
