@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_dgemma.command import run_command
+from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.decoding.causal import decode
 from mlx_dgemma.decoding.costs import Costs
 from mlx_dgemma.decoding.counts import Counts
@@ -248,7 +248,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks.causal", description="Count what drafters save of ar mode's passes, domain by domain."
     )
     add = parser.add_argument

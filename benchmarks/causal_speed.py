@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import generate_step, generation_stream
 
-from mlx_dgemma.command import run_command
+from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.convert import convert
 from mlx_dgemma.decoding.causal import decode
 from mlx_dgemma.draws import Draws
@@ -150,7 +150,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks.causal_speed", description="Measure ar mode beside mlx-lm's Gemma 4 on the same weights."
     )
     add = parser.add_argument

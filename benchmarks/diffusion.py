@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlx_dgemma.command import run_command
+from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.errors import UsageError
 
 from .measure import FEWEST_PAIRS, Answer, Ours, Question, alternating, environment, is_right, paired_ratio
@@ -184,7 +184,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks.diffusion", description="Measure diffusion mode beside mlx-vlm on the same weights."
     )
     add = parser.add_argument

@@ -65,6 +65,12 @@ def make(drafter: str | Drafter | None, model: DiffusionGemma, **options: Any) -
     return fresh
 
 
+def memory(drafter: Drafter | None, context: int) -> int:
+    """Bytes that it says it needs beside the main model, behind `context` tokens; 0 if it says nothing."""
+    says = getattr(drafter, "memory", None)
+    return says(context) if callable(says) else 0
+
+
 def check(drafter: str | None, options: Mapping[str, Any]) -> None:
     """Raise what `make` would of a drafter by name, as far as it does not depend on the model."""
     check_spelling(drafter, options)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..cache import Snapshot
 from ..loading import HUB_ID
+from ..memory import rows_kept
 from ..model import DiffusionGemma
 from . import weights
 from .head import Head, check_bits, probabilities, read_ids, read_vocabulary, spelled, stamp
@@ -67,6 +69,13 @@ class Block:
 
     def restore(self, snapshot: Snapshot) -> None:
         self._cache.restore(snapshot)
+
+    def memory(self, context: int) -> int:
+        """Bytes of its weights, of its copy of the head, and of its own rows behind `context` tokens."""
+        network, config = self.network, self.network.config
+        weights = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
+        row = 2 * config.num_key_value_heads * config.head_dim * network.norm.weight.dtype.size
+        return weights + self._head.nbytes + row * sum(rows_kept(window, context) for window in config.windows)
 
     def propose(self, context: DraftContext, width: int) -> Draft:
         tokens, config = context.tokens, self.network.config

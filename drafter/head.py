@@ -41,6 +41,11 @@ class Head:
         self.size = self._vocab if ids is None else self._ids.size  # ids that can be drafted
         self._project = _projection(model, self._ids, bits)
 
+    @property
+    def nbytes(self) -> int:
+        """Beside the main model's."""
+        return getattr(self._project, "nbytes", 0)
+
     def __call__(self, hidden: mx.array) -> mx.array:
         """(L, H) -> float32 (L, V); -inf for what cannot be drafted."""
         logits = mx.tanh(self._project(hidden).astype(mx.float32) / self._cap) * self._cap
@@ -70,6 +75,7 @@ class _Rows:
     def __init__(self, arrays: Sequence[mx.array], **mode: Any):
         mx.eval(arrays)
         self._arrays, self._mode = list(arrays), mode
+        self.nbytes = sum(array.nbytes for array in arrays)
 
     def __call__(self, hidden: mx.array) -> mx.array:
         if not self._mode:

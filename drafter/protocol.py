@@ -66,6 +66,8 @@ class Drafter(Protocol):
 
     One that listens may have `snapshot()` and `restore(snapshot)`, so that it can go on behind a cached
     prefix: what it gave when the cache held so many tokens brings it back to that state.
+
+    One of a size that matters may have `memory(context)`: bytes that it needs behind so many tokens.
     """
 
     taps: tuple[int, ...]  # layers of the main model whose outputs it wants, () for none

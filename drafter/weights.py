@@ -14,6 +14,7 @@ from ..config import read_json
 from ..errors import InputError
 from ..loading import EMBEDDED, NANO, resolve
 from ..model import DiffusionGemma
+from .format import as_json, parse
 from .geometry import BlockConfig
 from .head import common_group
 from .network import BlockNetwork
@@ -51,7 +52,7 @@ def stamp(folder: Path) -> tuple:
 
 def read_config(folder: Path) -> BlockConfig:
     """Raises InputError that names the key."""
-    return BlockConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    return parse(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def read(folder: Path, model: DiffusionGemma, bits: int | None = None) -> BlockNetwork:
@@ -125,5 +126,5 @@ def write_into(network: BlockNetwork, folder: Path, dtype: mx.Dtype = mx.bfloat1
         raise ValueError("a quantised drafter cannot be written; its floats are gone")
     arrays = {path: array.astype(dtype) for path, array in tree_flatten(network.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
-    config = network.config.to_dict() | {"dtype": str(dtype).removeprefix("mlx.core.")}
+    config = as_json(network.config) | {"dtype": str(dtype).removeprefix("mlx.core.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

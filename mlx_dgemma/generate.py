@@ -86,7 +86,7 @@ def stream_generate(
     ours = {name: options.pop(name, None) for name in OF_THE_LOOP}
     check_limits(max_tokens, prefill_step_size, seed, ours["drafter"], ours["draft_width"])
     from .decoding.prefill import PREFILL_STEP, check_prompt
-    from .drafter import make
+    from .drafter import make, memory
     from .draws import Draws
     from .memory import require_room
     from .prompt import encode_prompt
@@ -100,7 +100,8 @@ def stream_generate(
     stop = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
         raise UsageError(f"stop must be a string or a list of strings, not {stop!r:.80}")
-    require_room(model, min(len(ids) + config.max_new_tokens, model.config.max_position_embeddings))
+    context = min(len(ids) + config.max_new_tokens, model.config.max_position_embeddings)
+    require_room(model, context, memory(drafter, context))
     draws = Draws([seed], model.config.vocab_size) if draws is None else draws
     answer = Answer(tokenizer, stop, len(ids), mode, prompt_progress_callback)
     inputs = {"prompt": ids, "config": config, "draws": draws, "prefill_step": step}

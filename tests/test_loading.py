@@ -265,9 +265,18 @@ def test_the_estimate_of_the_26b_is_about_right():
 
     config = ModelConfig.from_dict({"model_type": "diffusion_gemma", "text_config": text})
     need = memory.estimate(config, 52_000_000_000, mx.bfloat16, 100_000)
-    full, sliding = 5 * 2 * 2 * 512 * 2 * 100_000, 25 * 2 * 8 * 256 * 2 * (1024 + 64 + 512)
+    full, sliding = 5 * 2 * 2 * 512 * 2 * 100_000, 25 * 2 * 8 * 256 * 2 * (1023 + 64 + 512)
     assert need.kv == full + sliding
     assert 0.5e9 < need.step < 2e9
+
+
+def test_what_a_drafter_needs_counts(tmp_path, tiny, monkeypatch):
+    model = load_model(write_checkpoint(tmp_path, model=tiny))
+    need = memory.estimate(model.config, model.memory.weights, model.dtype, 50).total
+    monkeypatch.setattr(memory, "machine_memory", lambda: need + 10)
+    memory.require_room(model, 50, drafter=10)
+    with pytest.raises(InputError, match=r"a context of 50 tokens: needs about .* drafter 0.00 GB"):
+        memory.require_room(model, 50, drafter=11)
 
 
 def test_headers_tell_shapes_without_reading(tmp_path, tiny):

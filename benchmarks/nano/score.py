@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_dgemma.command import run_command
+from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.config import read_json
 from mlx_dgemma.errors import InputError, UsageError
 
@@ -129,7 +129,7 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks.nano.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

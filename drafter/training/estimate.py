@@ -1,4 +1,4 @@
-"""What a training will need: bytes by what they are for, before anything is begun."""
+"""What a training will need, before anything is begun: bytes by what they are for, and arithmetic."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOGITS, SCORES = 13, 5
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """Bytes of a training.
+    """Bytes of a training, and the work of a step.
 
     Attributes:
         model: weights, K/V and one step of the main model.
@@ -34,6 +34,7 @@ class TrainingEstimate:
         blocks: activations and logits of the blocks that are run together.
         blocks_at_once: how many those are.
         positions: that the drafter runs in a step, over all blocks.
+        flops: of a step at most, both models, without attention's scores.
     """
 
     model: int
@@ -44,6 +45,7 @@ class TrainingEstimate:
     positions: int
     context: int
     parameters: int
+    flops: float
 
     @property
     def total(self) -> int:
@@ -83,6 +85,7 @@ def estimate(
     text = features + 3 * context * rows * FLOAT
     spread = min(options.max_tokens, context)
     anchors = min(options.anchors, spread)  # an answer has no more places than tokens
+    positions = options.batch * anchors * drafter.positions
     at_once = min(anchors, blocks_at_once(drafter, context, spread, options.micro_batch_gb * GB))
     return TrainingEstimate(
         model=model,
@@ -90,10 +93,25 @@ def estimate(
         text=text,
         blocks=at_once * block_bytes(drafter, context, spread),
         blocks_at_once=at_once,
-        positions=options.batch * anchors * drafter.positions,
+        positions=positions,
         context=context,
         parameters=count,
+        flops=_forward(config, options.batch * context, options.batch * spread) + _trained(drafter, count, positions),
     )
+
+
+def _forward(config: ModelConfig, tokens: int, predicted: int) -> float:
+    """FLOP of the main model's pass over `tokens`, with logits of `predicted` ones."""
+    hidden, experts = config.hidden_size, config.top_k_experts * config.moe_intermediate_size
+    rest = 3 * hidden * (config.intermediate_size + experts) + hidden * config.num_experts
+    heads = sum(2 * x.head_dim * (config.num_attention_heads + x.num_key_value_heads) for x in config.layers)
+    layers = hidden * heads + len(config.layers) * rest
+    return 2.0 * tokens * layers + 2.0 * predicted * hidden * config.vocab_size
+
+
+def _trained(drafter: BlockConfig, parameters: int, positions: int) -> float:
+    """FLOP of the drafter forwards and backwards; the head, which is not trained, has no gradient of its own."""
+    return positions * (6.0 * parameters + 4.0 * drafter.hidden_size * drafter.vocab_size)
 
 
 def parameters(drafter: BlockConfig) -> int:

@@ -20,10 +20,11 @@ from ...loading import load, resolve
 from ...model import DiffusionGemma
 from .. import weights
 from ..block import find
+from ..format import as_json
 from ..geometry import BlockConfig
 from ..network import BlockNetwork
 from . import answers, prompts, result, shape
-from .estimate import estimate, require_fit
+from .estimate import TrainingEstimate, estimate, require_fit
 from .options import Options, Sizes
 from .trainer import Trainer
 from .workspace import workspace
@@ -78,7 +79,10 @@ def train_drafter(
     answers.check(main, lines, encoded)
     facts = _facts(folder, encoded, options)
     texts = None if kept is None else answers.take(kept, facts, len(encoded))
-    _require_fit(main, drafter, options, max(map(len, encoded)))
+    need = _require_fit(main, drafter, options, max(map(len, encoded)))
+    steps = options.total_steps(len(trained))
+    todo = "" if texts else f"{len(encoded)} answers of at most {options.max_tokens} tokens, then "
+    print(f"Next: {todo}{steps} steps of {need.flops / 1e12:.2g} TFLOP at most", file=sys.stderr)
     mx.eval(main.parameters())
     network = _network(main, drafter, start, options)
     places = [[place for place in of if place] for of in ((model, init), (prompts_file, out, answers_file))]
@@ -117,19 +121,19 @@ def _config(folder: Path, start: Path | None, sizes: Sizes) -> BlockConfig:
     model = ModelConfig.from_dict(read_json(where), str(where))
     if start is None:
         return shape.new(model, sizes)
-    where = start / "config.json"
-    config = BlockConfig.from_dict(read_json(where), str(where))
-    config.require_fit(model, str(where))
+    config = weights.read_config(start)
+    config.require_fit(model, str(start / "config.json"))
     shape.require_same(config, sizes)
     return config
 
 
-def _require_fit(main: DiffusionGemma, drafter: BlockConfig, options: Options, longest: int) -> None:
+def _require_fit(main: DiffusionGemma, drafter: BlockConfig, options: Options, longest: int) -> TrainingEstimate:
     """Say what the training needs, or raise InputError if this machine has less."""
     context = min(longest + options.max_tokens, main.config.max_position_embeddings)
     need = estimate(main.config, drafter, options, weights=main.memory.weights, dtype=main.dtype, context=context)
     require_fit(need)
-    print(f"Needs about {need}; {need.positions} positions of blocks a step at most", file=sys.stderr)
+    print(f"Needs about {need}", file=sys.stderr)
+    return need
 
 
 def _network(main: DiffusionGemma, config: BlockConfig, start: Path | None, options: Options) -> BlockNetwork:
@@ -161,7 +165,7 @@ def _training_facts(start: Path | None, drafter: BlockConfig, held: list[int], o
     found = fingerprint(sorted(start.glob("*.safetensors")) if start else [], {})
     own = {_flag(name): value for name, value in vars(options).items() if name not in OF_ANSWERS}
     held_out = {_flag("held_out"): held}
-    return own | held_out | {"--init": found["sources"], "drafter": drafter.to_dict(), "versions": found["versions"]}
+    return own | held_out | {"--init": found["sources"], "drafter": as_json(drafter), "versions": found["versions"]}
 
 
 def _flag(name: str) -> str:

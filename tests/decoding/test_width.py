@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from mlx_dgemma.decoding import width as width_module
-from mlx_dgemma.decoding.costs import Costs
+from mlx_dgemma.decoding.costs import KEPT, Costs, CostTable
 from mlx_dgemma.decoding.width import WIDEST, History, Widths, width_to_ask, width_to_verify
 from mlx_dgemma.drafter.protocol import Draft
 
@@ -176,6 +176,34 @@ def test_it_comes_back_when_the_text_gets_better():
     bad_then_good = lambda position: 0.0 if position < 400 else 0.95  # noqa: E731
     spent, _ = simulate(table, bad_then_good, 1400, Widths(table))
     assert spent < 400 * 1.05 + 1000 * 0.75
+
+
+def drafted_late() -> int:
+    """Rounds drafted among the last thousand tokens, where plain steps were measured while the machine was busy.
+
+    A draft is right half the time and costs, with its pass, 2.1 plain steps: it never pays.
+    """
+    table, rng, done, late, waits = CostTable(), random.Random(0), 0, 0, True
+    for _ in range(KEPT + 1):
+        table.add(0, "plain", 1, 4.0)  # what a step took then; now 1.0
+    widths = Widths(table)
+    while done < 5000:
+        asked = widths.ask(0, 1)
+        if not asked and not waits:
+            widths.stepped(0, 1.0)
+            done += 1
+            continue
+        waits, draft = bool(asked), Draft([0] * asked)
+        accepted = int(asked and rng.random() < 0.5)
+        widths.verified(0, asked, draft, accepted, 0.1 * bool(asked), 2.0 if asked else 1.0)
+        done, late = done + accepted + 1, late + bool(asked and done > 4000)
+    return late
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again(monkeypatch):
+    assert drafted_late() < 30
+    monkeypatch.setattr(width_module, "ROUNDS_MEASURED", 10**9)
+    assert drafted_late() > 500, "never again: drafting at a loss goes on"
 
 
 def test_the_room_bounds_the_width():

@@ -26,7 +26,7 @@ from mlx_dgemma.errors import UsageError
 from mlx_dgemma.layers import Pass
 from mlx_dgemma.model import DiffusionGemma, Taps
 from tests.decoding.runs import CHEAP, GREEDY, VOCAB, WARM, assert_lossless, lively_model, plain, run
-from tests.drafter.test_geometry import changed, random_network, write_drafter
+from tests.drafter.files import changed, random_network, write_drafter
 
 HIDDEN = 64
 DFLASH = {
@@ -193,7 +193,7 @@ def greedy(logits, first):
 def asked(model, drafter: Block, tokens, width: int = 40, sample=greedy):
     """(ids, confidences) behind `tokens`."""
     context = DraftContext(tokens, CacheReader(model.make_cache()), model, sample)
-    draft = drafter.propose(context, width)
+    draft = Block.propose(drafter, context, width)
     return list(draft.tokens), list(draft.confidences)
 
 
@@ -304,7 +304,7 @@ def test_the_width_does_not_matter(model, folders):
         ids, confidences = asked(model, drafter, PROMPT)
         assert len(ids) == drafter.network.config.drafts
         for width in (1, 3, 8):
-            assert asked(model, drafter, PROMPT, width) == (ids[:width], confidences[:width])
+            assert_drafts_alike(asked(model, drafter, PROMPT, width), (ids[:width], confidences[:width]))
         context = DraftContext(PROMPT, CacheReader(model.make_cache()), model, greedy)
         assert not drafter.propose(context, 0).tokens
 
@@ -681,3 +681,26 @@ def test_a_few_tokens_are_not_waited_for(model, folders, monkeypatch, count, wai
     drafter.extend([0] * count, mx.zeros((1, count, 2 * HIDDEN)))
     assert calls == (["eval"] if waits else ["async_eval"])
     assert drafter._cache.length == count
+
+
+@pytest.mark.parametrize("options", [{}, {"drafter_bits": 8, "draft_head_bits": 4, "draft_vocab": 96}], ids=str)
+def test_it_says_what_it_needs(model, folders, options):
+    drafter = make(model, folders("dspark"), **options)
+    head = drafter._head._project
+    copied = sum(array.nbytes for array in head._arrays) if options else 0
+    assert drafter.memory(0) == sum(array.nbytes for _, array in tree_flatten(drafter.network.parameters())) + copied
+    row = 2 * 2 * 16 * 4  # keys and values of 2 heads of 16 in float32
+    assert drafter.memory(40) - drafter.memory(0) == 2 * 40 * row
+    assert drafter.memory(10**6) - drafter.memory(10**5) == 9 * 10**5 * row, "of its full layer alone"
+
+
+@pytest.mark.parametrize("config", [GREEDY, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["dflash", "dspark"])
+def test_a_caller_that_stops_inside_a_block(model, folders, name, config):
+    whole = plain(model, PROMPT, config)
+    for first in (1, 2, 5, 9):
+        drafter = helped(make(model, folders(name)), model, PROMPT, config, right=(3,))
+        done = run(model, PROMPT, config, drafter=drafter, width=4, first=first)
+        assert done.ids == whole.ids[:first] and done.cache.length == len(done.text) - 1
+        fresh = told(model, drafter, done.text)
+        assert_drafts_alike(asked(model, drafter, done.text), asked(model, fresh, done.text))

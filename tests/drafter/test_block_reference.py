@@ -19,12 +19,13 @@ from mlx_dgemma.cache import CacheReader
 from mlx_dgemma.config import SLIDING
 from mlx_dgemma.drafter import block, network, weights
 from mlx_dgemma.drafter.block import Block
+from mlx_dgemma.drafter.format import parse
 from mlx_dgemma.drafter.geometry import BlockConfig
 from mlx_dgemma.drafter.head import Head
 from mlx_dgemma.drafter.network import BlockNetwork
 from mlx_dgemma.drafter.protocol import DraftContext
 from mlx_dgemma.model import DiffusionGemma
-from tests.drafter.test_geometry import write
+from tests.drafter.files import write
 from tests.helpers import random_model, with_text
 
 pytestmark = pytest.mark.reference
@@ -287,7 +288,7 @@ def random_features(raw: dict, length: int, seed: int = 1) -> np.ndarray:
 
 
 def our_drafter(raw: dict, given: dict[str, np.ndarray]) -> Block:
-    ours = BlockNetwork(BlockConfig.from_dict(raw))
+    ours = BlockNetwork(parse(raw))
     ours.load_weights([(name, mx.array(array)) for name, array in given.items()])
     return Block(ours, Head(main_model(raw["vocab_size"])))
 

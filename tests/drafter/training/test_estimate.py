@@ -45,6 +45,10 @@ def test_the_26b():
     assert need.blocks <= 2 * GB and 4 < need.blocks_at_once < 16
     assert 28 * GB < need.total < 36 * GB
     assert need.positions == 4 * 512 * 16
+    blocks, head = 6 * need.parameters, 4 * 2816 * 262_144
+    active = 3.0e9  # parameters that a token passes, the head left out: "A4B" with embeddings
+    main = 2 * 4 * 1024 * active + 2 * 4 * 512 * 2816 * 262_144
+    assert need.flops == pytest.approx(need.positions * (blocks + head) + main, rel=0.02)
     assert "429.7 M" in str(need) and "\n" not in str(need)
 
 
