@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "generate": ("mlx_dgemma.generate", "answer a prompt"),
     "convert": ("mlx_dgemma.convert.command", "quantise, dequantise, export a checkpoint"),
+    "check": ("mlx_dgemma.check.command", "is the port right on this machine, and how fast is each mode here?"),
     "parity": ("mlx_dgemma.parity.command", "record what the reference computes; check this machine against it"),
     "train_drafter": ("mlx_dgemma.drafter.training.command", "train a block drafter for a model"),
 }

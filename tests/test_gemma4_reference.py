@@ -23,7 +23,8 @@ from tests.test_reference import PROMPTS
 
 pytestmark = pytest.mark.reference
 
-BUNDLES = Path(__file__).parent / "parity" / "bundles"
+from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
+
 # tokens of a text: many windows, in `window` and `nano` enough for the cache to drop rows; `full` has
 # no window, and `long` shows drifting RoPE
 LENGTHS = {"nano": 700, "window": 700, "full": 40, "spelled": 60, "long": 2101, "batch": 60, "short": 50}

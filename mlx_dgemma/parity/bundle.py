@@ -25,6 +25,7 @@ from ..config import GenerationConfig, read_json
 from ..errors import InputError
 
 SCHEMA = 1
+SHIPPED = Path(__file__).parent / "bundles"  # recorded once, replayed anywhere
 EPSILON = 2.0**-23  # of float32: no error below this share of a quantity's size is held against anyone
 DETAILED = ((0, 0), (0, 1), (1, 0))  # (canvas, step) of the denoising passes whose layers are kept
 STEP = ("canvas", "token", "renoise", "accepted", "best", "ran", "done")

@@ -1,12 +1,9 @@
-from pathlib import Path
-
 import pytest
 
 from mlx_dgemma.loading import load_model
 from mlx_dgemma.parity import bundle as bundles
+from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 from mlx_dgemma.parity.check import Report, judge
-
-BUNDLES = Path(__file__).parent / "bundles"
 
 
 class Replay:

@@ -10,11 +10,11 @@ import pytest
 from mlx_dgemma.errors import InputError, UsageError
 from mlx_dgemma.folders import new_folder
 from mlx_dgemma.parity import bundle as bundles
+from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 from mlx_dgemma.parity.check import MAX_RATIO, Count, Measure, check, measures
 from mlx_dgemma.parity.replay import walk
 from mlx_dgemma.parity.shapes import SHAPES, shape
 
-BUNDLES = Path(__file__).parent / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir())
 
 

@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 from mlx_dgemma.parity.command import main
-
-BUNDLES = Path(__file__).parent / "bundles"
 
 
 def status(*args):

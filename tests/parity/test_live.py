@@ -1,7 +1,6 @@
 """Against transformers itself, here and now. Needs torch: without it these fail, they never skip."""
 
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +15,8 @@ from mlx_dgemma.parity.shapes import SHAPES
 
 pytestmark = pytest.mark.reference
 
-BUNDLES = Path(__file__).parent / "bundles"
+from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
+
 ANGLES = {"float", "to", "mul", "__mul__", "cat", "__get__", "__getitem__"}  # what makes them
 COPIES = {"clone", "__deepcopy__"}  # of the model, before it is widened
 
