@@ -14,6 +14,7 @@ import pytest
 from mlx_dgemma import layers
 from mlx_dgemma.loading import EMBEDDED, load_model
 from mlx_dgemma.model import DiffusionGemma, Taps
+from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 from mlx_dgemma.parity.bundle import Bundle
 from mlx_dgemma.parity.check import MAX_RATIO, Measure, measures
 from mlx_dgemma.prompt import encode_prompt
@@ -23,7 +24,6 @@ from tests.test_reference import PROMPTS
 
 pytestmark = pytest.mark.reference
 
-from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 
 # tokens of a text: many windows, in `window` and `nano` enough for the cache to drop rows; `full` has
 # no window, and `long` shows drifting RoPE

@@ -10,12 +10,12 @@ from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.loading import load_model
 from mlx_dgemma.model import DiffusionGemma
 from mlx_dgemma.parity import bundle as bundles
+from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 from mlx_dgemma.parity.check import check
 from mlx_dgemma.parity.shapes import SHAPES
 
 pytestmark = pytest.mark.reference
 
-from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 
 ANGLES = {"float", "to", "mul", "__mul__", "cat", "__get__", "__getitem__"}  # what makes them
 COPIES = {"clone", "__deepcopy__"}  # of the model, before it is widened
