@@ -193,9 +193,9 @@ class Experts(nn.Module):
         self.gate_up_proj = SwitchLinear(hidden, 2 * width, count, bias=False)
         self.down_proj = SwitchLinear(width, hidden, count, bias=False)
 
-    def __call__(self, x: mx.array, weights: mx.array, ids: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, weights: mx.array, ids: mx.array, is_sorted: bool | None = None) -> mx.array:
         batch, length, top_k = ids.shape
-        is_sorted = ids.size >= SORT_FROM
+        is_sorted = ids.size >= SORT_FROM if is_sorted is None else is_sorted
         if is_sorted:  # equal experts side by side, so that each is read once
             order = mx.argsort(ids.reshape(-1))
             tokens, ids = x.reshape(batch * length, 1, -1)[order // top_k], ids.reshape(-1)[order]

@@ -5,6 +5,7 @@ itself makes of float32. Needs torch: without it these fail, they never skip.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -115,7 +116,7 @@ def case(tmp_path_factory):
         ids = random_ids(LENGTHS[name], theirs.config.vocab_size)
         with in_float64(theirs) as exact:
             truth = walk_transformers(exact, ids)
-        singles = [walk_transformers(model, ids) for model in (theirs, *neighbours(theirs, 0))]
+        singles = [walk_transformers(model, ids) for model in chain([theirs], neighbours(theirs, 0))]
         floors = {quantity: _floor(quantity, singles, truth, None) for quantity in truth}
         return Case(source, ids, Bundle(folder, {"floors": floors}, truth), theirs)
 

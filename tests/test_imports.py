@@ -29,6 +29,7 @@ ORDER = [
     ["generate"],
     ["drafter.training"],
     ["parity"],
+    ["check"],
     ["__init__", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

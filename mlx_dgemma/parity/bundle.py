@@ -4,8 +4,22 @@
     bundle.safetensors  inputs, truth in float64, draws, decisions
     model/              the checkpoint, if it is a tiny one
 
-A quantity is named `<pass>/<what>`: the passes are `encode.<canvas>` and `denoise.<canvas>.<step>`,
-and `steps/<what>` holds all denoising steps of all canvases in order.
+A quantity is named `<pass>/<what>`, the passes in the order they are run:
+
+    encode.<canvas>, denoise.<canvas>.<step>   as `generate` runs them; `steps/<what>` holds all steps in order
+    ar       the causal pass over the whole text, prompt and canvases, from scratch
+    verify   behind the first row of that text but its last token: [last, d1 .. dk], the first drafts right
+    after    the main model's own token behind the drafts that were accepted, the others rolled back
+    behind   the first canvas again, behind all that
+
+Of logits there are `logits`, fixed columns at a few rows; `top`, those of the likeliest ids, and
+`logsumexp`, at up to 64 rows.
+
+The bundles in `bundles` were written by transformers 5.23.0, `window_5.17` by 5.17.0:
+
+    python -m mlx_dgemma.parity record --model tiny:<name> --out bundles/<name>
+    python -m mlx_dgemma.parity record --model nano --prompt "$J $J $J " --dtype <dtype> --out bundles/nano...
+    J='{"name": "Ann", "age": 31, "city": "Oslo"}'
 """
 
 from __future__ import annotations
@@ -21,15 +35,25 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..config import GenerationConfig, read_json
+from ..config import GenerationConfig, ModelConfig, read_json
 from ..errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 SHIPPED = Path(__file__).parent / "bundles"  # recorded once, replayed anywhere
-EPSILON = 2.0**-23  # of float32: no error below this share of a quantity's size is held against anyone
+# one rounding: no error below this share of a quantity's size is held against anyone
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+# Of `soft` four: the exp of MLX on a CPU, which the shares of tokens are made of, is off by up to 3.5e-6 of itself,
+# torch's by 6e-8. Behind a sure canvas, whose logits are all but exact, that is all the error there is.
+ROUNDINGS = {"soft": 4}
 DETAILED = ((0, 0), (0, 1), (1, 0))  # (canvas, step) of the denoising passes whose layers are kept
 STEP = ("canvas", "token", "renoise", "accepted", "best", "ran", "done")
-MAX_COLUMNS = 4096  # ids whose logits are kept
+WHOLE_VOCABULARY = 4096  # up to this size the logits of all ids are kept
+COLUMNS = 1024  # beyond it, those of so many fixed ids
+TOP = 64  # likeliest ids whose logits are kept beside them
+SPREAD = 64  # rows at which they are
+JUDGED = ("layer", "norm", "logits", "top", "logsumexp", "soft", "entropy", "peak")
+FACTS = ("model", "checkpoint", "device", "dtype", "config", "sampling", "canvases", "columns", "agreement", "floors")
+ARRAYS = ("prompt", "sequences", "ar/best", "ar/gap", "verify/block", "verify/best", "verify/gap", "verify/accepted")
 
 
 @dataclass(frozen=True)
@@ -69,22 +93,48 @@ class Bundle:
         length = self.arrays["steps/canvas"].shape[-1]
         return blocks(self.arrays["prompt"], self.arrays["sequences"], length, len(self.facts["canvases"]))
 
+    @property
+    def is_float32(self) -> bool:
+        """Whether the reference's error was measured in float32; otherwise in bfloat16."""
+        return self.facts.get("dtype") != "bfloat16"
+
+    @property
+    def columns(self) -> np.ndarray:
+        """The ids whose logits are kept."""
+        text = self.facts["config"]["text_config"]
+        return columns(self.facts["columns"], text.get("vocab_size", ModelConfig.vocab_size))
+
     def floor(self, quantity: str) -> Error:
-        """The error that float32 is allowed to have: the reference's own, but at least one rounding."""
-        return self._at_least_one_rounding(quantity, self.own(quantity))
+        """The error that this dtype is allowed to have: the reference's own, but at least one rounding (`ROUNDINGS`).
+
+        In bfloat16 also what another attention kernel, or another device, changes.
+        """
+        own, noise = self.own(quantity), self.noise(quantity)
+        if self.is_float32 or noise is None:
+            return self._at_least_one_rounding(quantity, own)
+        return self._at_least_one_rounding(quantity, Error(max(own.max, noise.max), max(own.rms, noise.rms)))
 
     def floor_of_one_run(self, quantity: str) -> Error:
         """The same from the recorded run alone, without its neighbours: a stricter, luckier measure."""
         return self._at_least_one_rounding(quantity, Error(**self.facts["floors"][quantity]["one_run"]))
 
     def own(self, quantity: str) -> Error:
-        """The error of the reference in float32, the largest of several runs."""
+        """The error of the reference, the largest of several runs."""
         own = self.facts["floors"][quantity]
         return Error(own["max"], own["rms"])
 
+    def noise(self, quantity: str) -> Error | None:
+        """By how much the reference differs from itself: eager from sdpa, a CPU from a GPU; the larger one."""
+        noise = self.facts["floors"][quantity].get("noise", {}).values()
+        return Error(*(max(entry[key] for entry in noise) for key in ("max", "rms"))) if noise else None
+
     def _at_least_one_rounding(self, quantity: str, error: Error) -> Error:
-        rounding = EPSILON * self.facts["floors"][quantity]["scale"]
-        return Error(max(error.max, rounding), max(error.rms, rounding))
+        roundings = ROUNDINGS.get(quantity.partition("/")[2], 1)
+        largest = typical = self.facts["floors"][quantity]["scale"]
+        if not self.is_float32:  # judged by its root mean square alone, a rounding is one of a typical entry
+            typical = float(np.sqrt(np.mean(self.arrays[quantity] ** 2)))
+        one = roundings * EPSILON["float32" if self.is_float32 else "bfloat16"]
+        return Error(max(error.max, one * largest), max(error.rms, one * typical))
 
 
 def blocks(prompt: np.ndarray, sequences: np.ndarray, length: int, canvases: int) -> Iterator[np.ndarray]:
@@ -100,15 +150,25 @@ def kept_rows(length: int) -> list[int]:
     return sorted({*range(min(2, length)), *range(max(0, length - 4), length)})
 
 
+def spread_rows(length: int) -> list[int]:
+    """Up to `SPREAD` positions of a pass, evenly from the first to the last."""
+    count = min(length, SPREAD)
+    return [index * (length - 1) // max(1, count - 1) for index in range(count)]
+
+
 def is_judged(name: str) -> bool:
     """Whether an array is a quantity with an error, not a choice, a margin or an input."""
-    what = name.partition("/")[2].partition(".")[0]
-    return what in ("layer", "norm", "logits", "soft", "entropy", "peak")
+    return name.partition("/")[2].partition(".")[0] in JUDGED
 
 
-def column_step(vocab_size: int) -> int:
-    """Every how-many-th id of the vocabulary has its logits kept."""
-    return -(-vocab_size // MAX_COLUMNS)
+def column_count(vocab_size: int) -> int:
+    """How many ids have their logits kept."""
+    return vocab_size if vocab_size <= WHOLE_VOCABULARY else COLUMNS
+
+
+def columns(count: int, vocab_size: int) -> np.ndarray:
+    """`count` ids, evenly over the vocabulary."""
+    return np.arange(count) * vocab_size // count
 
 
 def write(folder: Path, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -126,15 +186,34 @@ def read(folder: Path) -> Bundle:
     facts = read_json(folder / "bundle.json")
     if facts.get("schema") != SCHEMA:
         raise InputError(f"{folder}: schema {facts.get('schema')}, this version reads {SCHEMA}; record it again")
+    for name in FACTS:
+        if name not in facts:
+            raise InputError(f"{folder / 'bundle.json'}: has no {name!r}; record the bundle again")
     data = folder / "bundle.safetensors"
     if not data.is_file():
         raise InputError(f"{data}: no such file; record the bundle again")
     if file_hash(data) != facts.get("sha256"):
         raise InputError(f"{data}: is not what was recorded (sha256 differs); record the bundle again")
     try:
-        return Bundle(folder, facts, load_file(data))
+        bundle = Bundle(folder, facts, load_file(data))
     except SafetensorError as error:
         raise InputError(f"{data}: cannot be read ({error}); record the bundle again") from None
+    for name in _needed(facts):
+        if name not in bundle.arrays:
+            raise InputError(f"{data}: has no tensor {name!r}; record the bundle again")
+    return bundle
+
+
+def _needed(facts: dict[str, Any]) -> Iterator[str]:
+    """The arrays that a bundle with these facts has; of every layer that has been kept, also its router's."""
+    yield from (*ARRAYS, *(f"steps/{name}" for name in STEP))
+    for name in facts["floors"]:
+        yield name
+        if name.endswith("/top"):
+            yield f"{name}_ids"
+        if "/layer." in name:
+            yield name.replace("/layer.", "/router.")
+            yield name.replace("/layer.", "/margin.")
 
 
 def file_hash(path: Path) -> str:

@@ -1,4 +1,9 @@
-"""Judge a replay: is this package as near to the truth as the reference in float32 is?"""
+"""Judge a replay: is this package as near to the truth as the reference is, in the same dtype?
+
+In float32 every quantity is judged by its worst error and by its root mean square, and every
+decision must be the reference's. In bfloat16 the root mean square alone is judged, and decisions
+are reported beside how often the reference itself takes them as float64 does.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..config import ModelConfig, read_json
 from ..errors import InputError
 from ..loading import NANO, load_model, resolve
 from ..model import DiffusionGemma
@@ -18,16 +24,27 @@ from .bundle import Bundle, Error, checkpoint_hash, read
 MAX_RATIO = 4.0  # a port that is right measures 1 to 2
 ROUTER_TIE = 1e-4  # experts whose shares differ by less may swap
 MAX_TIES = 0.02  # the share of decisions that may be excused as near-ties
+OWN_AGREEMENT = {  # decisions -> how often the reference takes them as float64 does, in bundle.json
+    "steps: best": "best",
+    "steps: accepted": "accepted",
+    "ar: next token": "next token",
+    "verify: drafts": "drafts",
+}
+NO_SIZES = ("quantization", "pad_token_id", "bos_token_id", "eos_token_ids", "image_token_ids")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity: our error, the reference's own, and the ratio to what is allowed to float32."""
+    """A quantity: our error, the reference's own, and the ratio to what the dtype is allowed.
+
+    `noise`: by how much the reference differs from itself, with another attention kernel or device.
+    """
 
     name: str
     got: Error
     own: Error
     ratio: float
+    noise: Error | None = None
 
     @property
     def passed(self) -> bool:
@@ -48,11 +65,22 @@ class Count:
         return self.wrong == 0 and self.ties <= MAX_TIES * self.total
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Decisions that are reported, not judged: how many are the reference's; and its own as float64 takes them."""
+
+    name: str
+    same: int
+    total: int
+    own: float | None = None  # share
+
+
 @dataclass
 class Report:
     name: str
     measures: list[Measure] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -60,30 +88,50 @@ class Report:
 
     @property
     def first_failure(self) -> str | None:
-        """The quantity, in the order they are computed, or else the decision where the two part."""
-        return next((entry.name for entry in [*self.measures, *self.counts] if not entry.passed), None)
+        """The quantity, in the order they are computed, or else the decision where the two part.
+
+        What comes after the round of verification follows from its decisions, and is named after them.
+        """
+        entries = sorted([*self.measures, *self.counts], key=lambda entry: entry.name.startswith(("after", "behind")))
+        return next((entry.name for entry in entries if not entry.passed), None)
 
     @property
     def worst_ratio(self) -> float:
         return max(measure.ratio for measure in self.measures)
 
     def table(self) -> str:
-        head = f"{'quantity':24} {'worst':>9} {'rms':>9}   {'ref worst':>9} {'ref rms':>9}   {'ratio':>7}"
-        lines = [f"{self.name}", head]
-        for name, measure in _folded(self.measures):
-            errors = (measure.got.max, measure.got.rms, measure.own.max, measure.own.rms)
-            got, own = ("{:9.2e} {:9.2e}".format(*pair) for pair in (errors[:2], errors[2:]))
-            lines.append(f"{name:24} {got}   {own}   {measure.ratio:7.2f}  {_verdict(measure.passed)}")
-        lines.append(f"{'decisions':24} {'wrong':>9} {'near-ties':>9}   {'of':>9}")
-        for count in self.counts:
-            lines.append(
-                f"{count.name:24} {count.wrong:9} {count.ties:9}   {count.total:9} {'':20} {_verdict(count.passed)}"
-            )
+        lines = [self.name, *self._measured(), *self._decided()]
         if self.passed:
             lines.append(f"passed: the worst ratio is {self.worst_ratio:.2f}, {MAX_RATIO:g} are allowed")
         else:
             lines.append(f"FAILED: first at {self.first_failure}")
         return "\n".join(lines)
+
+    def _measured(self) -> Iterator[str]:
+        yield (
+            f"{'quantity':26} {'worst':>9} {'rms':>9}   {'ref worst':>9} {'ref rms':>9} {'ref noise':>9}   {'ratio':>7}"
+        )
+        for name, measure in _folded(self.measures):
+            errors = (measure.got.max, measure.got.rms, measure.own.max, measure.own.rms)
+            got, own = ("{:9.2e} {:9.2e}".format(*pair) for pair in (errors[:2], errors[2:]))
+            noise = f"{measure.noise.rms:9.2e}" if measure.noise else f"{'-':>9}"
+            yield f"{name:26} {got}   {own} {noise}   {measure.ratio:7.2f}  {_verdict(measure.passed)}"
+
+    def _decided(self) -> Iterator[str]:
+        if self.counts:
+            yield f"{'decisions':26} {'wrong':>9} {'near-ties':>9}   {'of':>9}"
+        for count in self.counts:
+            yield f"{count.name:26} {count.wrong:9} {count.ties:9}   {count.total:9} {'':30} {_verdict(count.passed)}"
+        yield from agreement_lines(self.agreements)
+
+
+def agreement_lines(agreements: list[Agreement]) -> Iterator[str]:
+    """A table of shares, the reference's own beside them where they are known."""
+    if agreements:
+        yield f"{'decisions':26} {'same':>9} {'of':>9}   {'share':>9} {'ref share':>9}"
+    for entry in agreements:
+        own = f"{entry.own:9.4f}" if entry.own is not None else f"{'-':>9}"
+        yield f"{entry.name:26} {entry.same:9} {entry.total:9}   {entry.same / max(1, entry.total):9.4f} {own}"
 
 
 def _verdict(passed: bool) -> str:
@@ -111,7 +159,12 @@ def check(folder: Path, model: str | None = None) -> Report:
     """
     bundle = read(folder)
     checkpoint = _checkpoint(bundle, model)
-    return judge(bundle, load_model(checkpoint, dtype=mx.float32))
+    return judge(bundle, load_model(checkpoint, dtype=replay_dtype(bundle)))
+
+
+def replay_dtype(bundle: Bundle) -> mx.Dtype:
+    """That of the bundle, but float32 on a CPU, where MLX has no product of experts in bfloat16."""
+    return mx.float32 if bundle.is_float32 or mx.default_device() == mx.cpu else mx.bfloat16
 
 
 def _checkpoint(bundle: Bundle, model: str | None) -> Path:
@@ -120,22 +173,57 @@ def _checkpoint(bundle: Bundle, model: str | None) -> Path:
     if model is None and not inside.is_dir() and name != NANO:
         raise InputError(f"{bundle.folder}: was recorded from {name}, which is not here; say where with --model")
     folder = inside if model is None and inside.is_dir() else resolve(model or name)
+    require_same_sizes(bundle, folder)
     if checkpoint_hash(folder) != bundle.facts["checkpoint"]:
         raise InputError(f"{folder}: has other weights than {bundle.folder} was recorded from; give those with --model")
     return folder
 
 
+def require_same_sizes(bundle: Bundle, folder: Path) -> None:
+    """Raise InputError, naming the first difference, for a checkpoint of another architecture."""
+    theirs = ModelConfig.from_dict(bundle.facts["config"], str(bundle.folder / "bundle.json"))
+    ours = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    for name, recorded in vars(theirs).items():
+        if name in NO_SIZES or (own := getattr(ours, name)) == recorded:
+            continue
+        if name == "layers" and len(recorded) != len(own):
+            name, recorded, own = "number of layers", len(recorded), len(own)
+        elif name == "layers":
+            number = next(i for i, pair in enumerate(zip(own, recorded, strict=True)) if pair[0] != pair[1])
+            name, recorded, own = f"layer {number}", recorded[number], own[number]
+        raise InputError(
+            f"{folder}: another config than {bundle.folder} was recorded from ({name}: {own}, not {recorded}); "
+            "give the model of the bundle, or a quantised one of its sizes, with --model"
+        )
+
+
 def judge(bundle: Bundle, model: DiffusionGemma) -> Report:
     """Levels 2, 3 and 4 of a bundle."""
-    report = Report(f"{bundle.folder.name}: {bundle.facts['model']}, recorded on {bundle.facts['device']}")
+    facts, dtype = bundle.facts, str(model.dtype).removeprefix("mlx.core.")
+    recorded = f"recorded in {facts['dtype']} on {facts['device']}"
+    report = Report(f"{bundle.folder.name}: {facts['model']}, {recorded}, replayed in {dtype} on {_device()}")
     got = replay.walk(model, bundle)
     report.measures = measures(bundle, got)
-    report.counts = [*_routers(bundle, got), *_decisions(bundle, got)]
+    counts = [*_routers(bundle, got), *_decisions(bundle, got), *_next_tokens(bundle, got)]
     for row in range(len(bundle.arrays["prompt"])):
-        report.counts += _trajectory(bundle, row, *replay.free_run(model, bundle, row))
+        counts += _trajectory(bundle, row, *replay.free_run(model, bundle, row))
     if len(bundle.arrays["prompt"]) > 1:
-        report.counts += _together(bundle, *replay.free_run_together(model, bundle))
+        counts += _together(bundle, *replay.free_run_together(model, bundle))
+    if bundle.is_float32:
+        report.counts = counts
+    else:
+        report.agreements = [_agreement(bundle, count) for count in counts]
     return report
+
+
+def _device() -> str:
+    return "gpu" if mx.default_device() == mx.gpu else "cpu"
+
+
+def _agreement(bundle: Bundle, count: Count) -> Agreement:
+    kind = "experts" if count.name.endswith(": experts") else OWN_AGREEMENT.get(count.name)
+    own = None if kind is None else np.divide(*bundle.facts["agreement"][kind])
+    return Agreement(count.name, count.total - min(count.total, count.wrong + count.ties), count.total, own)
 
 
 def measures(bundle: Bundle, got: dict[str, np.ndarray]) -> list[Measure]:
@@ -148,15 +236,18 @@ def _measure(bundle: Bundle, name: str, got: np.ndarray) -> Measure:
     if name.startswith("steps/"):
         got, truth = got[bundle.arrays["steps/ran"]], truth[bundle.arrays["steps/ran"]]
     error, floor = Error.between(got, truth), bundle.floor(name)
-    return Measure(name, error, bundle.own(name), max(error.max / floor.max, error.rms / floor.rms))
+    ratio = error.rms / floor.rms
+    if bundle.is_float32:
+        ratio = max(error.max / floor.max, ratio)
+    return Measure(name, error, bundle.own(name), ratio, bundle.noise(name))
 
 
 def _routers(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
     """The experts of every kept token, as sets, pass by pass."""
     names = [name for name in bundle.arrays if "/router." in name]
-    for prefix in dict.fromkeys(name.partition(".")[0] for name in names):
+    for prefix in dict.fromkeys(_kind(name) for name in bundle.facts["floors"] if not name.startswith("steps/")):
         wrong = ties = total = 0
-        for name in (name for name in names if name.startswith(prefix)):
+        for name in (name for name in names if _kind(name) == prefix):
             differs = (got[name] != bundle.arrays[name]).any(axis=-1)
             near = bundle.arrays[name.replace("router", "margin")] < ROUTER_TIE
             wrong, ties, total = (
@@ -165,6 +256,11 @@ def _routers(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
                 total + differs.size,
             )
         yield Count(f"{prefix}: experts", wrong, ties, total)
+
+
+def _kind(name: str) -> str:
+    """Of the pass that a quantity belongs to: encode, denoise, ar, ..."""
+    return name.partition("/")[0].partition(".")[0]
 
 
 def _decisions(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
@@ -184,6 +280,21 @@ def _decisions(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
     mean = arrays["steps/entropy"].mean(axis=-1)
     close = abs(mean - bundle.sampling.confidence_threshold) < of_entropy
     yield _count("stop", got["steps/done"] != arrays["steps/done"], close, ran)
+
+
+def _next_tokens(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
+    """The likeliest token behind every position of the text, and the round of verification."""
+    arrays = bundle.arrays
+    for name, label in (("ar", "ar: next token"), ("verify", "verify: drafts")):
+        differs = got[f"{name}/best"] != arrays[f"{name}/best"]
+        near = arrays[f"{name}/gap"] < 2 * MAX_RATIO * bundle.floor(f"{name}/top").max
+        yield Count(label, int((differs & ~near).sum()), int((differs & near).sum()), differs.size)
+    accepted = int(arrays["verify/accepted"][0])
+    right = [*arrays["verify/block"][1 : 1 + accepted].tolist(), int(arrays["verify/best"][0, accepted])]
+    emitted = got["verify/emitted"].tolist()
+    yield Count("verify: accepted", int(len(emitted) != len(right)), 0, 1)
+    wrong = sum(a != b for a, b in zip(right, emitted, strict=False)) + abs(len(right) - len(emitted))
+    yield Count("verify: emitted", wrong, 0, len(right))
 
 
 def _count(name: str, differs: np.ndarray, near: np.ndarray, ran: np.ndarray) -> Count:

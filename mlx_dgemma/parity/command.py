@@ -20,9 +20,10 @@ DESCRIPTION = """\
 Show that this package computes what the reference computes.
 
 `record` runs transformers' DiffusionGemma in torch and writes a bundle: what it computed, in
-float64; its own error in float32; what it drew and decided. `check` replays a bundle on MLX,
-without torch: every layer of both passes must be as near to float64 as the reference is, within a
-factor of 4, and every decision and token equal. `widths` shows whether this device chooses the same
+float64, in both passes, in ar mode and in a round of verification; its own error in float32 or
+bfloat16; what it drew and decided. `check` replays a bundle on MLX, without torch: every layer must
+be as near to float64 as the reference is, within a factor of 4, and every decision and token equal;
+a quantised checkpoint is compared, not judged. `widths` shows whether this device chooses the same
 tokens when drafts are verified many positions at a time. Exit status: 0 the same, 1 not, 2 bad usage."""
 
 
@@ -45,11 +46,18 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
 
     parser.set_defaults(run=_record)
     add = parser.add_argument
-    add(
-        "--model", default="nano", help=f"nano, tiny:<shape> ({', '.join(SHAPES)}) or a checkpoint folder (%(default)s)"
-    )
+    shapes = ", ".join(SHAPES)
+    add("--model", default="nano", help=f"nano, tiny:<shape> ({shapes}), a folder or a Hub id (%(default)s)")
     add("--out", type=Path, required=True, help="the folder to write; must not exist")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where torch runs (%(default)s)")
+    add(
+        "--dtype",
+        choices=("float64", "float32", "bfloat16"),
+        default="float32",
+        help="what it generates in, and has its error measured in (float64: in float32); the truth is float64 "
+        "always. Say bfloat16 for trained weights alone: a random model's errors say something in float32 only "
+        "(%(default)s)",
+    )
     add("--seed", type=int, help="of the draws, and of a tiny model's weights (0; a tiny shape has its own)")
     add("--prompt", help="text, encoded without a chat template (random ids; not for tiny shapes)")
     add("--prompt-length", type=int, help="how many random ids (one and a half windows; not for tiny shapes)")
@@ -62,7 +70,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_check)
     add = parser.add_argument
     add("bundle", type=Path, nargs="+", metavar="BUNDLE", help="folders that record wrote")
-    add("--model", help="the checkpoint, if it is neither in the bundle nor embedded in this package")
+    add("--model", help="the checkpoint, if it is neither in the bundle nor embedded here; or a quantised one")
     add("--device", choices=("cpu", "gpu"), help="where MLX runs (its default device)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
@@ -87,16 +95,19 @@ def _record(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
     if args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty; give it some text, or leave it out for random ids")
+    if args.dtype == "float64" and args.device != "cpu":
+        raise UsageError("--dtype float64: float64 is the host's work; use --device cpu")
     tiny = _tiny_shape(args) if args.model.startswith("tiny:") else None
     from . import record  # torch: what can be told without it has been told
 
     if tiny is not None:
-        facts = record.record_tiny(tiny, args.model, args.out, device=args.device, seed=args.seed)
+        facts = record.record_tiny(tiny, args.model, args.out, args.device, args.seed, args.dtype)
     else:
         facts = record.record_checkpoint(
             args.model,
             args.out,
             device=args.device,
+            dtype=args.dtype,
             seed=args.seed or 0,
             prompt=args.prompt,
             prompt_length=args.prompt_length,
@@ -105,6 +116,8 @@ def _record(args: argparse.Namespace) -> int:
         )
     steps = " + ".join(map(str, facts["canvases"]))
     print(f"{args.out}: {len(facts['canvases'])} canvases of {steps} steps, {len(facts['floors'])} quantities")
+    if facts["device_bytes_beside_model"] is not None:
+        print(f"{facts['device']}: {facts['device_bytes_beside_model'] / 1e9:.2f} GB beside the model at most")
     return 0
 
 
@@ -122,7 +135,12 @@ def _tiny_shape(args: argparse.Namespace) -> Shape:
 def _check(args: argparse.Namespace) -> int:
     _use_device(args.device)
     from .check import check
+    from .compare import compare, is_quantised
 
+    if is_quantised(args.model):
+        for folder in args.bundle:
+            print(compare(folder, args.model).table(), end="\n\n", flush=True)
+        return 0
     failed = []
     for folder in args.bundle:
         report = check(folder, args.model)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,13 +26,13 @@ try:
     import torch
     import transformers
     from torch.overrides import TorchFunctionMode
-    from transformers import DynamicCache  # noqa: F401  (for `record`)
+    from transformers import DynamicCache
     from transformers.models.diffusion_gemma import configuration_diffusion_gemma as configuration
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
     from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modeling
 except ImportError as error:
     raise InputError(
-        f"recording needs torch and transformers >= 5.23 ({error}); pip install 'mlx-dgemma[reference]'"
+        f"recording needs torch and transformers >= 5.17 ({error}); pip install 'mlx-dgemma[reference]'"
     ) from None
 
 Reference = modeling.DiffusionGemmaForBlockDiffusion
@@ -47,6 +48,8 @@ LEAST_VISION = {  # checkpoints have a vision tower; nothing here runs it
     "position_embedding_size": 4,
 }
 NEIGHBOURS = 3  # further float32 runs that the noise floor is taken from
+NUDGED_AT_ONCE = 1 << 24  # weights
+DRAFTED, RIGHT = 6, 3  # tokens of the block that is verified, and how many of them are right
 BRANCH_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 
 
@@ -60,14 +63,33 @@ class Run:
     seed: int
 
 
-def load_reference(folder: Path, device: str) -> Reference:
-    if device != "cpu" and not torch.cuda.is_available():
+def device_memory(device: str) -> int | None:
+    """Free bytes of a CUDA device, None of a CPU. Raises UsageError if there is no such device."""
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
         raise UsageError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.cuda.mem_get_info()[0]
+
+
+def load_reference(folder: Path, device: str, dtype: str = "float32") -> Reference:
+    """The model in evaluation mode, nothing in it fused and nothing rounded to TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     model = Reference.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation="eager"
     )
     return model.to(device).eval()
+
+
+@contextmanager
+def with_sdpa(model: Reference) -> Iterator[Reference]:
+    """The same model with torch's own attention kernels."""
+    model.set_attn_implementation("sdpa")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation("eager")
 
 
 def save_random(shape: Shape, random: torch.Generator, folder: Path) -> None:
@@ -111,53 +133,77 @@ def _respell(path: Path, shape: Shape) -> None:
 # --- truth
 
 
-class _KeepFloat64(TorchFunctionMode):
-    """Whatever asks for float32 of a float64 tensor gets float64.
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
-    The reference does so in norms, softmax and logits. Cosines are taken in float64 too, but of
-    float32 angles: those, as the product of position and inverse frequency, define the model.
+
+class _KeepFloat64(TorchFunctionMode):
+    """What begins in float64 stays there, whatever it meets and whatever is asked of it.
+
+    Token embeddings are widened as they are looked up, weights each for the one product that needs
+    it, and a request for a narrower dtype gets float64: the reference makes them in norms, softmax
+    and logits. Cosines are taken in float64 too, but of float32 angles: those, as the product of
+    position and inverse frequency, define the model.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if tensor is not None and function in (torch.Tensor.cos, torch.Tensor.sin):
-            return function(tensor.double())
-        if tensor is not None and tensor.dtype == torch.float64:
+        if function is torch.nn.functional.embedding:
+            return function(*args, **kwargs).double()
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is not None and function in (torch.Tensor.cos, torch.Tensor.sin):
+            return function(first.double())
+        if first is not None and first.dtype == torch.float64:
             if function is torch.Tensor.float:
-                return tensor
-            args = [torch.float64 if value is torch.float32 else value for value in args]
-            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+                return first
+            args = [first, *map(_widened, args[1:])]
+            kwargs = {key: _widened(value) for key, value in kwargs.items()}
         return function(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in NARROW else value
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype in NARROW else value
 
 
 @contextmanager
 def in_float64(model: Reference) -> Iterator[Reference]:
-    """A copy of the model that computes in float64 throughout."""
-    frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-    exact = copy.deepcopy(model).double()
-    for name, buffer in frequencies.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(exact.get_submodule(owner), leaf, buffer)
-    with _KeepFloat64():
-        yield exact
+    """The same model, computing in float64 throughout: no more than one weight is held in it at a time."""
+    scales = [module for module in model.modules() if hasattr(module, "scalar_embed_scale")]
+    before = [module.embed_scale for module in scales]
+    for module in scales:  # the factor as float32 has it, whatever the weights are in
+        module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float32).double()
+    try:
+        with _KeepFloat64():
+            yield model
+    finally:
+        for module, scale in zip(scales, before, strict=True):
+            module.embed_scale = scale
 
 
 def neighbours(model: Reference, seed: int) -> Iterator[Reference]:
-    """Copies with every weight moved to a neighbouring float32.
+    """The same model, in float32, with every weight moved to a neighbouring number, and moved back afterwards.
 
     One float32 run is one draw of its rounding errors, and where a canvas amplifies a single one of
     them, two equally good runs are often apart by more than the ratio that is allowed. Several runs
     show what float32 can do.
     """
+    for number in range(NEIGHBOURS):
+        _nudge(model, seed + number, 1)
+        try:
+            yield model
+        finally:
+            _nudge(model, seed + number, -1)
+
+
+@torch.no_grad()
+def _nudge(model: Reference, seed: int, sign: int) -> None:
+    """Move every weight up or down by one, drawn from `seed`; the opposite sign undoes it."""
     random = torch.Generator(model.device).manual_seed(seed)
-    for _ in range(NEIGHBOURS):
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for weight in other.parameters():
-                up = torch.rand(weight.shape, generator=random, device=weight.device) < 0.5
-                weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf)))
-        yield other
+    for parameter in model.parameters():
+        for weights in parameter.data.view(-1).split(NUDGED_AT_ONCE):
+            up = torch.rand(weights.shape, generator=random, device=weights.device) < 0.5
+            weights.copy_(torch.nextafter(weights, torch.where(up, sign * torch.inf, -sign * torch.inf)))
 
 
 # --- decisions
@@ -165,11 +211,18 @@ def neighbours(model: Reference, seed: int) -> Iterator[Reference]:
 
 @dataclass
 class Story:
-    """What `generate` drew and decided: steps[canvas][step] has arrays by name, each (B, C) or (B,)."""
+    """What `generate` drew and decided: steps[canvas][step] has arrays by name, each (B, C) or (B,).
+
+    And a block (K + 1,) to verify behind the first row but its last token: that token, drafts of
+    which the first `accepted` are greedy, and, in their place, `answer` is what is right.
+    """
 
     prompt: np.ndarray
     steps: list[list[dict[str, np.ndarray]]]
     sequences: np.ndarray
+    block: np.ndarray
+    accepted: int
+    answer: int
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Ids that are encoded before each canvas."""
@@ -221,4 +274,19 @@ def generate_reference(model: Reference, run: Run) -> Story:
         patches.enter_context(mock.patch.object(generation.EntropyBoundSampler, "initialize_canvas", listen_uniform))
         prompt = torch.tensor(run.prompt, device=model.device)
         output = model.generate(prompt, generation_config=generation.DiffusionGemmaGenerationConfig(**options))
-    return Story(run.prompt, steps, output.sequences.cpu().numpy())
+    return Story(run.prompt, steps, output.sequences.cpu().numpy(), *_drafted(model, output.sequences[:1]))
+
+
+@torch.no_grad()
+def _drafted(model: Reference, text: torch.Tensor) -> tuple[np.ndarray, int, int]:
+    """A block to verify behind `text` (1, L), how many of its drafts are right, and the token after those."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    model.model.encoder(input_ids=text[:, :-1], past_key_values=cache)
+    last, greedy = text[:, -1:], []
+    for _ in range(RIGHT + 1):
+        hidden = model.model.encoder(input_ids=last, past_key_values=cache).last_hidden_state
+        last = model.lm_head(hidden).argmax(dim=-1)  # the softcap keeps the order
+        greedy.append(int(last))
+    answer = greedy.pop()
+    wrong = [(answer + 1 + number) % model.config.text_config.vocab_size for number in range(DRAFTED - RIGHT)]
+    return np.array([int(text[0, -1]), *greedy, *wrong], np.int64), RIGHT, answer

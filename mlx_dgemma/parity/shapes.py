@@ -119,6 +119,19 @@ SHAPES = {
         sampling={"max_denoising_steps": 12, "confidence_threshold": 0.5, "entropy_bound": 1.0},
         seed=2,
     ),
+    # a vocabulary of which only columns are kept; a prompt of so many windows that the cache drops rows, also
+    # of the block that is verified
+    "wide": Shape(
+        text=_text("sssf", hidden_size=20, intermediate_size=24, vocab_size=5003, sliding_window=7)
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+        | {"global_head_dim": 16, "num_global_key_value_heads": 2}
+        | {"num_experts": 7, "top_k_experts": 3, "moe_intermediate_size": 5},
+        canvas_length=8,
+        prefix=180,
+        embedding=1.2,
+        sampling={"entropy_bound": 3.0},
+        seed=0,
+    ),
     # one token before a canvas that is longer than the window; three canvases, an end in the last
     "short": Shape(
         text=_text("sf", hidden_size=26, intermediate_size=30, vocab_size=97, sliding_window=4)

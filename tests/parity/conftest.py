@@ -1,6 +1,7 @@
+import mlx.core as mx
 import pytest
 
-from mlx_dgemma.loading import load_model
+from mlx_dgemma.loading import EMBEDDED, load_model
 from mlx_dgemma.parity import bundle as bundles
 from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
 from mlx_dgemma.parity.check import Report, judge
@@ -11,7 +12,8 @@ class Replay:
 
     def __init__(self, name: str):
         self.bundle = bundles.read(BUNDLES / name)
-        self.model = load_model(BUNDLES / name / "model")
+        inside = BUNDLES / name / "model"
+        self.model = load_model(inside if inside.is_dir() else EMBEDDED, dtype=mx.float32)
 
     def judge(self) -> Report:
         return judge(self.bundle, self.model)

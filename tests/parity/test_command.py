@@ -39,6 +39,8 @@ def test_check_fails_with_status_1(capsys, monkeypatch):
         (["check", "nowhere"], "no such folder"),
         (["record", "--model", "tiny:round", "--out", "x"], "no such shape"),
         (["record", "--model", "tiny:full", "--prompt", "hello", "--out", "x"], "--prompt"),
+        (["record", "--model", "tiny:full", "--dtype", "float64", "--device", "cuda", "--out", "x"], "host's work"),
+        (["record", "--model", "tiny:full", "--dtype", "float16", "--out", "x"], "float16"),
     ],
 )
 def test_mistakes_are_one_line(capsys, args, says):
@@ -72,6 +74,18 @@ main(["record", "--model", "tiny:full", "--out", {str(BUNDLES / "new")!r}])
     done = python(code)
     assert done.returncode == 1
     assert "mlx-dgemma[reference]" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_record_with_a_transformers_that_does_not_know_the_model_says_so():
+    code = f"""
+import sys
+sys.modules["transformers.models.diffusion_gemma"] = None
+from mlx_dgemma.parity.command import main
+main(["record", "--model", "tiny:full", "--out", {str(BUNDLES / "new")!r}])
+"""
+    done = python(code)
+    assert done.returncode == 1
+    assert "transformers >= 5.17" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("args", [["--help"], ["record", "--help"], ["check", "--help"]])
