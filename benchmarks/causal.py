@@ -225,6 +225,9 @@ def _command(args: argparse.Namespace) -> None:
     for name in names:
         if name != ORACLE:
             check_name(name)
+    chosen = [name for name in DOMAINS if not args.domain or name in args.domain]
+    if unknown := set(args.domain or ()) - set(chosen):
+        raise UsageError(f"--domain {min(unknown)}: there are {', '.join(DOMAINS)}")
     model, tokenizer = load(args.model)
     config = model.generation_config.replace(temperature=args.temp)
     drafters: Drafters = {name: None if name in (PLAIN, ORACLE) else make(name, model) for name in [PLAIN, *names]}
@@ -236,12 +239,14 @@ def _command(args: argparse.Namespace) -> None:
     print("\n".join(f"{key}: {value}" for key, value in result.items()))
     print(f"\n{'  per token of right answers':46}  |  not transferable\n{LINE.format(*COLUMNS)}")
     runner, tallies, result["domains"] = Runner(model, tokenizer, config, drafters, width, args.seed), {}, {}
-    for name, domain in DOMAINS.items():
+    for name in chosen:
+        domain = DOMAINS[name]
         tally = tallies[name] = runner.tally(domain, args.examples)
         print(f"\n{name}: {domain.why}\n  share {domain.share:.2f}, {tally.right} of {tally.examples} right")
         facts = {"share": domain.share, "examples": tally.examples, "right": tally.right}
         result["domains"][name] = facts | {"drafters": show(tally.rows())}
-    print("\nall, weighted by share" + "".join(f", without {name}" for name in tallies if not tallies[name].right))
+    left_out = [name for name in DOMAINS if name not in tallies or not tallies[name].right]
+    print("\nall, weighted by share" + "".join(f", without {name}" for name in left_out))
     result["all"] = show(together(tallies))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -254,6 +259,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="nano", help='a folder, a Hub id, or "nano" (default: nano)')
     add("--drafter", action="append", metavar="NAME", help="may be repeated (default: lookup and oracle)")
+    add("--domain", action="append", metavar="NAME", help="may be repeated (default: all)")
     add("--draft-width", default="16", metavar="N", help='tokens to draft a pass, or "auto" (default: 16)')
     add("--temp", type=float, default=0.0, help="temperature; 0 takes the most likely token (default: 0)")
     add("--examples", type=int, default=40, help=f"prompts a domain, at most {MOST_EXAMPLES} (default: 40)")

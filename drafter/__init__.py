@@ -66,9 +66,17 @@ def make(drafter: str | Drafter | None, model: DiffusionGemma, **options: Any) -
 
 
 def memory(drafter: Drafter | None, context: int) -> int:
-    """Bytes that it says it needs beside the main model, behind `context` tokens; 0 if it says nothing."""
+    """Bytes that it says it needs beside the main model, behind `context` tokens; 0 if it says nothing.
+
+    Raises UsageError if what it says is no number of bytes.
+    """
     says = getattr(drafter, "memory", None)
-    return says(context) if callable(says) else 0
+    if not callable(says):
+        return 0
+    try:
+        return range(says(context) + 1)[-1]  # fails for what is no whole number, or below 0
+    except Exception as error:
+        raise UsageError(f"drafter {drafter!r:.80}: memory({context}) says no number of bytes ({error})") from None
 
 
 def check(drafter: str | None, options: Mapping[str, Any]) -> None:

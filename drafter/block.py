@@ -206,15 +206,15 @@ def make(
     check_bits("drafter_bits", drafter_bits)
     check_bits("draft_head_bits", draft_head_bits)
     ids, folder = spelled(draft_vocab), find(place)
-    head = heads.get(
-        model,
-        (draft_head_bits, stamp(ids)),
-        lambda: Head(model, draft_head_bits, read_vocabulary(ids, model.config.vocab_size)),
-    )
     network = networks.get(
         model,
         (folder.resolve(), drafter_bits, weights.stamp(folder)),
         lambda: weights.read(folder, model, drafter_bits),
+    )
+    head = heads.get(
+        model,
+        (draft_head_bits, stamp(ids)),
+        lambda: Head(model, draft_head_bits, read_vocabulary(ids, model.config.vocab_size)),
     )
     count = None if ids is None else head.size
     return Block(network, head, f"block:{place}/{drafter_bits}/{draft_head_bits}/{count}")

@@ -55,8 +55,8 @@ def read_config(folder: Path) -> BlockConfig:
     return parse(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def read(folder: Path, model: DiffusionGemma, bits: int | None = None) -> BlockNetwork:
-    """The drafter of a folder, in the model's dtype, or quantised.
+def read(folder: Path, model: DiffusionGemma, bits: int | None = None, dtype: mx.Dtype | None = None) -> BlockNetwork:
+    """The drafter of a folder, in the model's dtype or another one, or quantised.
 
     Raises InputError: one line that names the file, the key or the tensor that is wrong, or does not fit the model.
     """
@@ -64,7 +64,7 @@ def read(folder: Path, model: DiffusionGemma, bits: int | None = None) -> BlockN
     config.require_fit(model.config, where)
     network, checkpoint = BlockNetwork(config), Checkpoint(folder)
     names = _names(network, checkpoint, folder)
-    arrays = {name: array.astype(model.dtype) for name, array in checkpoint.arrays(names).items()}
+    arrays = {name: array.astype(dtype or model.dtype) for name, array in checkpoint.arrays(names).items()}
     _require_finite(arrays, checkpoint)
     network.load_weights([(path, arrays[name]) for name, path in names.items()])
     network.eval()
@@ -125,6 +125,9 @@ def write_into(network: BlockNetwork, folder: Path, dtype: mx.Dtype = mx.bfloat1
     if any(isinstance(module, nn.QuantizedLinear) for module in network.modules()):
         raise ValueError("a quantised drafter cannot be written; its floats are gone")
     arrays = {path: array.astype(dtype) for path, array in tree_flatten(network.parameters())}
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
+    try:
+        mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
+    except RuntimeError as error:  # MLX's word for a disk that is full
+        raise OSError(str(error)) from None
     config = as_json(network.config) | {"dtype": str(dtype).removeprefix("mlx.core.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -69,7 +69,9 @@ def statistics(last: GenerationResponse) -> str:
             f"{last.accepted_tokens / max(1, last.draft_rounds):.2f} a round; drafter {last.drafter_seconds:.3f} s"
         )
     elif last.drafter_seconds:
-        lines.append(f"Drafts: none that was worth verifying; drafter {last.drafter_seconds:.3f} s")
+        lines.append(
+            "Drafts: none, as by what passes have cost here none would have saved time; a fixed width always drafts"
+        )
     if last.surplus_tokens:
         lines.append(f"Drafts: {last.surplus_tokens} tokens beyond the width asked for were ignored")
     if last.drafter_failure:

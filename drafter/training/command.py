@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from ...command import Parser, run_command
-from .options import DTYPES, FAMILIES, Options, Sizes
+from .options import DTYPES, FAMILIES, SAVE_EVERY, Options, Sizes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,7 +73,7 @@ def argument_parser() -> argparse.ArgumentParser:
         default=default.micro_batch_gb,
         help="memory for blocks that are run together (default: 2)",
     )
-    add("--save-every", type=int, default=100, help="steps between checkpoints (default: 100)")
+    add("--save-every", type=int, default=SAVE_EVERY, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show a traceback if something fails")
     return parser
 

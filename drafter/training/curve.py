@@ -62,10 +62,10 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def nice(value: float) -> float:
-    """The least of 1, 2, 2.5, 5 times a power of ten that is not below a value."""
+    """The least of some round numbers times a power of ten that is not below a value."""
     power = 1.0
     while power * 10 <= max(value, 1e-9):
         power *= 10
     while power > max(value, 1e-9):
         power /= 10
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value)
+    return next(step * power for step in (1, 1.5, 2, 2.5, 4, 5, 7.5, 10) if step * power >= value)

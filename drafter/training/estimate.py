@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -34,7 +35,7 @@ class TrainingEstimate:
         blocks: activations and logits of the blocks that are run together.
         blocks_at_once: how many those are.
         positions: that the drafter runs in a step, over all blocks.
-        flops: of a step at most, both models, without attention's scores.
+        flops: of a step on the longest answers, both models, without attention's scores.
     """
 
     model: int
@@ -50,6 +51,14 @@ class TrainingEstimate:
     @property
     def total(self) -> int:
         return self.model + self.drafter + self.text + self.blocks
+
+    def work(self, steps: int) -> str:
+        """Of so many steps, and the time that this machine's arithmetic alone takes for them."""
+        speed = matmul_speed()
+        seconds = steps * self.flops / speed
+        unit, size = ("hours", 3600) if seconds >= 3600 else ("minutes", 60)
+        rate = f"{speed / 1e12:.2g} TFLOP/s that a matmul reaches here"
+        return f"{steps} steps of about {self.flops / 1e12:.3g} TFLOP, {seconds / size:.1f} {unit} at the {rate}"
 
     def __str__(self) -> str:
         return (
@@ -149,5 +158,17 @@ def require_fit(need: TrainingEstimate) -> None:
     if need.total > have:
         raise InputError(
             f"training needs about {need}, this machine has {have / GB:.2f} GB; take a quantised model, "
-            "a smaller drafter, shorter answers (--max-tokens) or fewer blocks together (--micro-batch-gb)"
+            "a smaller drafter, shorter answers (--max-tokens), fewer of them side by side (--at-once) "
+            "or fewer blocks together (--micro-batch-gb)"
         )
+
+
+def matmul_speed(size: int = 1024, seconds: float = 0.2) -> float:
+    """FLOP a second in float32."""
+    matrix = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(matrix @ matrix)
+    began, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - began) < seconds:
+        mx.eval(matrix @ matrix)
+        count += 1
+    return 2.0 * size**3 * count / passed

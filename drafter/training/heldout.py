@@ -6,8 +6,9 @@ Near the end of an answer fewer tokens are left than a draft is wide; what a dra
 right would reach is given beside it ("most").
 
 This is teacher-forced: every place of the answer counts once, also those that decoding would have
-skipped. It is what greedy decoding accepts where the answer is greedy; an answer drawn at random
-holds tokens that no drafter can foresee.
+skipped. It is what greedy decoding accepts where the answer is greedy (but for DSpark's rare drafts that
+are not among the 64 likeliest ids without its correction); an answer drawn at random holds tokens that
+no drafter can foresee.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from ...options import WIDEST_DRAFT
 
 FAMILIES = ("dflash", "dspark")
 DTYPES = ("bfloat16", "float16", "float32")
+SAVE_EVERY = 100  # steps between checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,18 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "at_once", "anchors", "batch"):
             _require(name, type(getattr(self, name)) is int and getattr(self, name) > 0, "a whole number above 0", self)
-        _require("steps", self.steps is None or self.steps > 0, "a whole number above 0", self)
+        whole = self.steps is None or (type(self.steps) is int and self.steps > 0)
+        _require("steps", whole, "a whole number above 0", self)
+        _require("seed", type(self.seed) is int, "a whole number", self)
         for name in ("epochs", "lr", "micro_batch_gb"):
-            value = getattr(self, name)
-            _require(name, math.isfinite(value) and value > 0, "a number above 0", self)
+            _require(name, 0 < self._number(name) < math.inf, "a number above 0", self)
         for name in ("warmup", "held_out"):
-            _require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1", self)
+            _require(name, 0 <= self._number(name) < 1, "at least 0 and below 1", self)
         _require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}", self)
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        return value if isinstance(value, int | float) else math.nan
 
     def total_steps(self, answers: int) -> int:
         """Of a training on so many answers."""

@@ -5,32 +5,31 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 from mlx_lm.generate import wired_limit
 
 from ...config import ModelConfig, read_json
 from ...convert.journal import fingerprint
 from ...errors import InputError, UsageError
-from ...folders import require_new
+from ...folders import expanded, require_new
 from ...loading import load, resolve
 from ...model import DiffusionGemma
 from .. import weights
-from ..block import find
 from ..format import as_json
 from ..geometry import BlockConfig
 from ..network import BlockNetwork
 from . import answers, prompts, result, shape
 from .estimate import TrainingEstimate, estimate, require_fit
-from .options import Options, Sizes
+from .options import SAVE_EVERY, Options, Sizes
 from .trainer import Trainer
 from .workspace import workspace
 
-SAVE_EVERY = 100  # steps between checkpoints
 OF_ANSWERS = ("seed", "max_tokens", "at_once")  # options that answers depend on, as on model and prompts
+OF_NEITHER = ("dtype", "micro_batch_gb")  # those that a checkpoint does not depend on, but for rounding
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors")
 
 
@@ -61,29 +60,27 @@ def train_drafter(
 
     Raises InputError, UsageError: one line that says what is wrong and where.
     """
-    sizes, options, out, prompts_file = sizes or Sizes(), options or Options(), Path(out), Path(prompts_file)
+    sizes, options, out, prompts_file = sizes or Sizes(), options or Options(), expanded(out), expanded(prompts_file)
     require_new(out)
     if save_every < 1:
         raise UsageError(f"--save-every must be a whole number above 0, not {save_every}")
-    kept = None if answers_file is None else Path(answers_file)
+    kept = None if answers_file is None else expanded(answers_file)
     if kept is not None and kept.absolute() == out.absolute():
         raise UsageError(f"--answers {kept} is what --out names, too")
     data = prompts.contents(prompts_file)
     lines = prompts.parse(data, prompts_file)
     trained, held = prompts.split(lines, options.held_out)
     folder = resolve(model, revision)
-    start = None if init is None else find(init)
+    start = None if init is None else weights.find(init)
     drafter = _config(folder, start, sizes)
     main, tokenizer = load(folder, lazy=True)
     encoded = prompts.encode(lines, tokenizer)
     answers.check(main, lines, encoded)
     facts = _facts(folder, encoded, options)
     texts = None if kept is None else answers.take(kept, facts, len(encoded))
-    need = _require_fit(main, drafter, options, max(map(len, encoded)))
-    steps = options.total_steps(len(trained))
-    todo = "" if texts else f"{len(encoded)} answers of at most {options.max_tokens} tokens, then "
-    print(f"Next: {todo}{steps} steps of {need.flops / 1e12:.2g} TFLOP at most", file=sys.stderr)
-    mx.eval(main.parameters())
+    need = _require_fit(main, drafter, options, encoded)
+    answering = "" if texts else f"{len(encoded)} answers of at most {options.max_tokens} tokens; "
+    print(f"In all: {answering}{need.work(options.total_steps(len(trained)))}", file=sys.stderr)
     network = _network(main, drafter, start, options)
     places = [[place for place in of if place] for of in ((model, init), (prompts_file, out, answers_file))]
     about = {
@@ -99,6 +96,7 @@ def train_drafter(
         accepted = None
         trainer = None
         if not work.result.exists():
+            mx.eval(main.parameters())
             if texts is None:
                 texts = answers.write(main, encoded, options, work.answers)
                 if kept is not None:
@@ -127,9 +125,12 @@ def _config(folder: Path, start: Path | None, sizes: Sizes) -> BlockConfig:
     return config
 
 
-def _require_fit(main: DiffusionGemma, drafter: BlockConfig, options: Options, longest: int) -> TrainingEstimate:
+def _require_fit(
+    main: DiffusionGemma, drafter: BlockConfig, options: Options, prompts: list[list[int]]
+) -> TrainingEstimate:
     """Say what the training needs, or raise InputError if this machine has less."""
-    context = min(longest + options.max_tokens, main.config.max_position_embeddings)
+    context = min(max(map(len, prompts)) + options.max_tokens, main.config.max_position_embeddings)
+    options = replace(options, at_once=min(options.at_once, len(prompts)))
     need = estimate(main.config, drafter, options, weights=main.memory.weights, dtype=main.dtype, context=context)
     require_fit(need)
     print(f"Needs about {need}", file=sys.stderr)
@@ -139,8 +140,7 @@ def _require_fit(main: DiffusionGemma, drafter: BlockConfig, options: Options, l
 def _network(main: DiffusionGemma, config: BlockConfig, start: Path | None, options: Options) -> BlockNetwork:
     """The drafter to begin with, in float32."""
     if start is not None:
-        network = weights.read(start, main)
-        network.update(tree_map(lambda array: array.astype(mx.float32), network.parameters()))
+        network = weights.read(start, main, dtype=mx.float32)
     else:
         mx.random.seed(options.seed % (1 << 64))
         try:
@@ -163,9 +163,9 @@ def _facts(folder: Path, encoded: list[list[int]], options: Options) -> dict[str
 def _training_facts(start: Path | None, drafter: BlockConfig, held: list[int], options: Options) -> dict[str, Any]:
     """What the result depends on beside the answers."""
     found = fingerprint(sorted(start.glob("*.safetensors")) if start else [], {})
-    own = {_flag(name): value for name, value in vars(options).items() if name not in OF_ANSWERS}
+    own = {_flag(name): value for name, value in vars(options).items() if name not in OF_ANSWERS + OF_NEITHER}
     held_out = {_flag("held_out"): held}
-    return own | held_out | {"--init": found["sources"], "drafter": as_json(drafter), "versions": found["versions"]}
+    return own | held_out | {"--init": found["sources"], "drafter": as_json(drafter)}
 
 
 def _flag(name: str) -> str:

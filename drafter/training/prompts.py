@@ -64,7 +64,7 @@ def _line(raw: bytes, where: str) -> PromptLine:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}); write {FORMS}") from None
     prompt = _prompt(value, where)
-    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(json.dumps(_plain(prompt), sort_keys=True).encode("utf-8", "surrogatepass")).digest()
     return PromptLine(where, prompt, int.from_bytes(digest[:6], "big") / 2**48)
 
 
@@ -80,6 +80,13 @@ def _prompt(value: Any, where: str) -> str | list[Any]:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: not a prompt; write {FORMS}")
     return value
+
+
+def _plain(prompt: str | list[Any]) -> str | list[Any]:
+    """A lone user's turn is the prompt that it holds."""
+    alone = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else {}
+    is_text = alone.keys() <= {"role", "content"} and alone.get("role", "user") == "user"
+    return alone["content"] if is_text and isinstance(alone.get("content"), str) else prompt
 
 
 def _check_roles(messages: list[dict[str, Any]], where: str) -> None:

@@ -76,9 +76,10 @@ def _require_finite(network: BlockNetwork, dtype: str) -> None:
 
 
 def curve(accepted: Accepted, history: list[dict[str, Any]]) -> str:
-    """Accepted length by width: what there could be, what there is, and how it grew."""
+    """Accepted length by width: what there could be, what there is, and how it grew, on a few of the answers."""
     curves = {"a drafter that is always right": accepted.most, "this one": accepted.lengths}
     ways = [entry for entry in history if entry["step"]]
-    for index in sorted({0, len(ways) // 2} if ways else ()):
-        curves[f"after {ways[index]['step']} steps (fewer answers)"] = ways[index]["accepted"]
+    for number in sorted({0, (len(ways) - 1) // 2, len(ways) - 1} if ways else ()):
+        entry = ways[number]
+        curves[f"step {entry['step']:,}, on {entry['places'] / accepted.places:.0%} of the places"] = entry["accepted"]
     return svg("Drafts accepted on held-out answers", "drafts a round", "accepted a round", curves)

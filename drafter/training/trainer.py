@@ -38,7 +38,7 @@ from .workspace import write_atomically
 
 BETAS, DECAY, LARGEST_GRADIENT = (0.9, 0.95), 0.01, 1.0
 LAST_RATE = 0.01  # share of the learning rate that is left at the end
-MEASUREMENTS, MEASURED = 8, 24  # times and held-out answers, on the way
+MEASUREMENTS, MEASURED = 8, 24  # times, and held-out answers each time
 MEMORY = 0.98  # of the running statistics
 ORDER, ANCHORS = 1, 2  # purposes of random numbers
 
@@ -119,7 +119,7 @@ class Trainer:
                 progress.step += 1
                 progress.seconds += time.perf_counter() - began
                 progress.peak_gb = max(progress.peak_gb, mx.get_peak_memory() / GB)
-                if progress.step % max(1, -(-self.total // MEASUREMENTS)) == 0 and progress.step < self.total:
+                if progress.step % max(1, -(-self.total // MEASUREMENTS)) == 0 or progress.step == self.total:
                     self._measure()
                 if progress.step % save_every == 0 or progress.step == self.total:
                     self.save()
@@ -240,12 +240,13 @@ class Trainer:
     # what is measured
 
     def measure(self, most: int | None = None) -> Accepted | None:
-        """Accepted length on held-out answers, `most` of them at most; None if there are none."""
-        numbers = self._held[:most]
+        """Accepted length on held-out answers, `most` of them at most, from all over; None if there are none."""
+        numbers = self._held[:: max(1, len(self._held) // most)][:most] if most else self._held
         if not numbers:
             return None
-        taps = self.network.config.taps
-        texts = (observe(self.model, self._prompts[n], self._answers[n], taps) for n in numbers)
+        taps, quiet = self.network.config.taps, most is not None
+        bar = tqdm(numbers, desc="Measuring", unit="answer", disable=quiet, leave=False)
+        texts = (observe(self.model, self._prompts[n], self._answers[n], taps) for n in bar)
         try:
             return measure(self.network, self.model, texts, self.options.micro_batch_gb * GB)
         except InputError as error:
@@ -270,16 +271,18 @@ class Trainer:
         write_atomically(self._state, lambda path: mx.save_safetensors(str(path), arrays, metadata))
 
     def _load(self) -> None:
-        arrays, metadata = mx.load(str(self._state), return_metadata=True)
-
         def part(name: str) -> Any:
             items = [(path.removeprefix(name), array) for path, array in arrays.items() if path.startswith(name)]
             return tree_unflatten(sorted(items))
 
-        self.network.update(part("network."))
-        self._optimizer.state = part("optimizer.")
-        mx.eval(self.network.parameters(), self._optimizer.state)
-        self.progress = Progress(**json.loads(metadata["progress"]))
+        try:
+            arrays, metadata = mx.load(str(self._state), return_metadata=True)
+            self.network.update(part("network."))
+            self._optimizer.state = part("optimizer.")
+            mx.eval(self.network.parameters(), self._optimizer.state)
+            self.progress = Progress(**json.loads(metadata["progress"]))
+        except (RuntimeError, ValueError, KeyError, TypeError):
+            raise InputError(f"{self._state}: is damaged; remove it to train anew (the answers are kept)") from None
 
 
 def learning_rate(step: int, total: int, options: Options) -> float:

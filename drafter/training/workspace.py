@@ -1,7 +1,7 @@
 """The folder in which a training grows: locked, resumed by the same command, gone when the drafter is there.
 
 The answers are what takes longest, and how a drafter is trained on them does not change them: a command
-that differs in that alone keeps them and begins to train anew.
+that differs in that alone keeps them. A checkpoint that it would not have come to is left to the user.
 
 .out.partial/
     lock                  held by the process that trains
@@ -17,14 +17,13 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...convert.journal import differing, hashes
-from ...errors import UsageError
+from ...errors import InputError, UsageError
 from ...folders import require_new, resumable, sync
 
 LOCK, RUN, ANSWERS, STATE, RESULT = "lock", "run.json", "answers.jsonl", "state.safetensors", "result"
@@ -54,16 +53,6 @@ class Workspace:
         self.answers.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 
-    def restart(self) -> None:
-        """Forget all but the answers."""
-        self.state.unlink(missing_ok=True)
-        if self.result.exists():
-            growing = self.folder / f"{RESULT}.growing"  # half a result is none
-            shutil.rmtree(growing, ignore_errors=True)
-            self.result.rename(growing)
-            shutil.rmtree(growing)
-        sync(self.folder)
-
 
 @contextmanager
 def workspace(out: Path, facts: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[Workspace]:
@@ -71,14 +60,17 @@ def workspace(out: Path, facts: Mapping[str, Any], training: Mapping[str, Any]) 
 
     Args:
         facts: what the answers depend on, JSON by part; leftovers that were begun with others are refused.
-        training: what the result depends on beside them; with others, only the answers are kept.
+        training: what the result depends on beside them; a checkpoint of others is refused.
 
     Raises UsageError: `out` exists, another process or another command is at work there. InputError: the disk.
     """
     out = out.absolute()
     require_new(out)
     folder = out.with_name(f".{out.name}.partial")
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); name another --out") from None
     if RUN not in (found := set(os.listdir(folder))) and found - {LOCK, "new-" + RUN}:
         raise UsageError(f"{folder}: is not an unfinished training; remove it or name another --out")
     with (folder / LOCK).open("ab") as lock:
@@ -104,9 +96,12 @@ def _begin(work: Workspace, facts: dict[str, str], training: dict[str, str]) -> 
             "or remove that folder, or name another --out"
         )
     changes = changes_in_words(training, begun["training"])
-    if changes:
-        work.restart()
-        print(f"{work.folder}: other {changes}; the answers are kept, training begins at step 0", file=sys.stderr)
+    reached = next((place for place in (work.result, work.state) if place.exists()), None)
+    if changes and reached:
+        raise UsageError(
+            f"{reached}: was trained with other {changes}; give the same again to go on from it, "
+            "or remove it to train anew (the answers are kept)"
+        )
     if changes or not path.exists():
         said = json.dumps({"answers": facts, "training": training}, indent=1) + "\n"
         write_atomically(path, lambda new: new.write_text(said))
@@ -129,7 +124,10 @@ def changes_in_words(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file that replaces `path` when it is whole and on disk."""
     new = path.with_name("new-" + path.name)
-    write(new)
+    try:
+        write(new)
+    except RuntimeError as error:  # MLX's word for a disk that is full
+        raise OSError(str(error)) from None
     sync(new)
     os.replace(new, path)
     sync(path.parent)

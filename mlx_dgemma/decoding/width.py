@@ -32,9 +32,10 @@ PRIOR, PRIOR_WEIGHT = 0.75, 2.0  # acceptance that is expected at first, and the
 FORGETTING, AGEING = 0.95, 0.98  # what a trial still weighs after the next one, after a plain step
 LONGEST_WAIT = 128  # tokens between probes at most
 UNMEASURED_STEPS = 4  # plain steps run to learn what they cost
-# Drafted rounds in a row after which two plain steps are run to learn it anew: a machine that was busy when they were
-# measured would be drafted on for ever. Where drafting is infinitely faster, that costs 1.5 % at most.
-ROUNDS_MEASURED, STEPS_AGAIN = 128, 3
+# Drafted rounds in a row after which it is learnt anew: if the machine was busy then, it would be drafted on for ever.
+# That takes three plain passes: one that is waited for, and two launched ahead, which are timed, as the second is
+# launched before the first is known. Where drafting costs nothing, they are 1.2 % of the time.
+ROUNDS_MEASURED, STEPS_AGAIN = 256, 1
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,9 @@ def test_a_drafter_that_fails_is_not_counted_as_none(nano):
         runner(nano, {PLAIN: None, "failing": Failing()}).tally(EDIT, 1)
 
 
-def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(causal, "DOMAINS", {name: DOMAINS[name] for name in ("reverse", "digits")})
-    causal.main(["--examples", "2", "--drafter", "lookup", "--json", str(tmp_path / "c.json")])
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    only = ["--domain", "digits", "--domain", "reverse"]
+    causal.main(["--examples", "2", "--drafter", "lookup", "--json", str(tmp_path / "c.json"), *only])
     result, printed = json.loads((tmp_path / "c.json").read_text()), capsys.readouterr().out
     reverse, digits = (result["domains"][name] for name in ("reverse", "digits"))
     assert reverse["right"] == reverse["examples"] == 2 and reverse["drafters"].keys() == {PLAIN, "lookup"}
@@ -152,7 +152,11 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     passes = sum(domain["drafters"]["lookup"]["passes"] for domain in (reverse, digits)) / 2
     assert result["all"]["lookup"]["passes"] == pytest.approx(passes)
     assert f"{passes:.3f}" in printed.splitlines()[-1] and "not transferable" in printed
-    assert "share 0.05, 2 of 2 right" in printed
+    assert "share 0.05, 2 of 2 right" in printed and result["domains"].keys() == {"reverse", "digits"}
+    assert "all, weighted by share, without edit, without json" in printed
+    with pytest.raises(SystemExit):
+        causal.main(["--domain", "poems"])
+    assert "--domain poems: there are edit, json" in capsys.readouterr().err
 
 
 # --- speed

@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 
 from mlx_dgemma import drafter
-from mlx_dgemma.drafter import DRAFTERS, Entry, check, check_name, check_object, make
+from mlx_dgemma.drafter import DRAFTERS, Entry, check, check_name, check_object, make, memory
 from mlx_dgemma.drafter.lookup import Lookup
 from mlx_dgemma.drafter.oracle import Oracle
 from mlx_dgemma.drafter.protocol import Draft
@@ -138,3 +138,14 @@ def test_objects_that_are_no_drafters_are_told_what_they_lack(tiny, broken, said
 def test_objects_that_are_drafters():
     for whole in (Whole(), without("extend", taps=()), without("", taps=[]), without("", taps=(2, 0, 1)), Oracle(())):
         check_object(whole, 3)
+
+
+@pytest.mark.parametrize("says", [lambda context: None, lambda context: -1, lambda context: "1", lambda: 3])
+def test_memory_that_is_no_number_of_bytes(says):
+    drafter = Lookup()
+    assert memory(drafter, 9) == memory(None, 9) == 0
+    drafter.memory = lambda context: 7 * context
+    assert memory(drafter, 9) == 63
+    drafter.memory = says
+    with pytest.raises(UsageError, match=r"memory\(9\) says no number of bytes"):
+        memory(drafter, 9)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from mlx_dgemma.drafter.block import Block
 from mlx_dgemma.drafter.head import Head
 from mlx_dgemma.drafter.training.command import main
 from mlx_dgemma.drafter.training.result import command
+from mlx_dgemma.drafter.training.trainer import Trainer
 from mlx_dgemma.drafter.training.workspace import ANSWERS, STATE
 from mlx_dgemma.generate import stream_generate
 from mlx_dgemma.loading import load
@@ -226,15 +228,22 @@ def test_other_training_options_keep_the_answers(given, tmp_path, capsys, monkey
             raise KeyboardInterrupt
         return rename(path, to)
 
+    state = (folder / STATE).read_bytes()
+    said = refused([*argv, "--lr", 1e-3, "--layers", 1], capsys, 2)
+    assert f"{folder / STATE}: was trained with other --lr and drafter; give the same again" in said
+    assert "or remove it to train anew (the answers are kept)" in said
+    assert (folder / STATE).read_bytes() == state
+    (folder / STATE).unlink()
     with monkeypatch.context() as patch:  # interrupted when the result is whole
         patch.setattr(Path, "rename", stopping)
         with pytest.raises(SystemExit):
             train("--lr", 1e-3, "--layers", 1)
-    said = capsys.readouterr().err
-    assert f"{folder}: other --lr and drafter; the answers are kept, training begins at step 0" in said
+    capsys.readouterr()
     assert (folder / "result").exists() and (tmp_path / "kept.jsonl").read_bytes() == kept
-    said = train("--micro-batch-gb", 1, "--dtype", "float32")
-    assert "other --dtype, --lr, --micro-batch-gb and drafter; the answers are kept" in said
+    said = refused(argv, capsys, 2)
+    assert f"{folder / 'result'}: was trained with other --lr and drafter" in said
+    shutil.rmtree(folder / "result")
+    train()
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["options"]["lr"] == 6e-4 and record["steps"] == STEPS
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
@@ -243,6 +252,58 @@ def test_other_training_options_keep_the_answers(given, tmp_path, capsys, monkey
     said = train("--out", tmp_path / "later", "--lr", 1e-3)
     assert "begins at step 0" not in said and (tmp_path / "later" / "model.safetensors").exists()
     assert (tmp_path / "kept.jsonl").read_bytes() == kept
+
+
+def test_what_a_checkpoint_does_not_depend_on_may_change(given, tmp_path, capsys, monkeypatch):
+    argv = [*given, *FLAGS, *QUICK, "--out", tmp_path / "out", "--save-every", 2]
+    step, seen = Trainer.step, []
+
+    def stopping(trainer, number):
+        seen.append(number)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return step(trainer, number)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    with pytest.raises(SystemExit):
+        main([str(word) for word in argv])
+    main([str(word) for word in [*argv, "--micro-batch-gb", 1, "--dtype", "float32"]])
+    assert seen[:6] == [0, 1, 2, 3, 2, 3], "on from the checkpoint"
+    arrays = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert {array.dtype for array in arrays.values()} == {mx.float32}
+
+
+def test_a_disk_that_is_full_and_a_damaged_checkpoint(given, tmp_path, capsys, monkeypatch):
+    argv = [*given, *FLAGS, *QUICK, "--out", tmp_path / "out", "--save-every", 1]
+    save, calls = mx.save_safetensors, []
+
+    def full(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise RuntimeError("[write] Unable to write 12 bytes to file.")
+        save(*given)
+
+    state = tmp_path / ".out.partial" / STATE
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", full)
+        said = refused(argv, capsys, 1)
+    assert "Unable to write 12 bytes" in said and "the same command goes on from there" in said
+    whole = state.read_bytes()
+    state.write_bytes(whole[:500])
+    assert f"{state}: is damaged; remove it to train anew (the answers are kept)" in refused(argv, capsys, 1)
+    state.write_bytes(whole)
+    main([str(word) for word in argv])
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_home_is_expanded(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main([str(word) for word in [*given, *FLAGS, *QUICK, "--out", "~/out", "--answers", "~/kept.jsonl"]])
+    assert (tmp_path / "out").is_dir() and (tmp_path / "kept.jsonl").is_file() and not (tmp_path / "~").exists()
+    assert "exists already" in refused([*given, *FLAGS, "--out", "~"], capsys, 2)
+    assert "must be a path" in refused([*given, *FLAGS, "--out", ""], capsys, 2)
+    assert "cannot be made" in refused([*given, *FLAGS, "--out", "/proc/out"], capsys, 1)
 
 
 def test_answers_that_are_others(given, tmp_path, capsys, monkeypatch):

@@ -52,6 +52,20 @@ def test_the_26b():
     assert "429.7 M" in str(need) and "\n" not in str(need)
 
 
+def test_the_time_of_its_arithmetic(monkeypatch):
+    need = of_the_26b()
+    monkeypatch.setattr(estimating, "matmul_speed", lambda: 12e12)
+    assert need.work(1000) == (
+        f"1000 steps of about 210 TFLOP, {1000 * need.flops / 12e12 / 3600:.1f} hours "
+        "at the 12 TFLOP/s that a matmul reaches here"
+    )
+    assert "minutes" in need.work(1)
+
+
+def test_matmuls_are_timed():
+    assert 1e8 < estimating.matmul_speed(256, 0.01) < 1e16
+
+
 def test_what_costs_what():
     need = of_the_26b()
     assert of_the_26b(context=16384).text > 10 * need.text
@@ -81,16 +95,17 @@ def test_too_little_memory(monkeypatch):
 
 def test_the_curve_is_an_svg():
     accepted = Accepted((0.5, 0.75), (1.0, 1.9), 7)
-    history = [{"step": step, "accepted": [0.1 * step, 0.2]} for step in range(5)]
+    history = [{"step": step, "accepted": [0.1 * step, 0.2], "places": 5} for step in range(5)]
     root = ElementTree.fromstring(curve(accepted, history))
     assert root.tag.endswith("svg") and "prefers-color-scheme: dark" in root.find("{*}style").text
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"drafts a round", "accepted a round", "this one", "0", "1", "2"} <= set(texts)
+    assert {f"step {step}, on 71% of the places" for step in (1, 2, 4)} <= set(texts)
     points = [line.get("points").split() for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert all(len(line) == 2 for line in points) and len(points) == 4
+    assert all(len(line) == 2 for line in points) and len(points) == 5
 
 
 def test_odd_curves():
     for values in ([0.0], [0.0, 0.0], [1e-4], [123.0] * 70):
         ElementTree.fromstring(svg("a < b & c", "x", "y", {'"name"': values}))
-    assert [nice(value) for value in (0.9, 1, 1.1, 2.2, 3, 7, 64)] == [1, 1, 2, 2.5, 5, 10, 100]
+    assert [nice(value) for value in (0.9, 1, 1.1, 2.2, 3, 7, 11, 64)] == [1, 1, 1.5, 2.5, 4, 7.5, 15, 75]

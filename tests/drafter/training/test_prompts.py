@@ -1,6 +1,7 @@
 """A prompts file: its forms, what is wrong with a line, and which prompts are held out."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,14 @@ def test_few_prompts(tmp_path):
     assert prompts.split(one, 0.001) == ([0], [])
     with pytest.raises(InputError, match="all 1 prompts are held out"):
         prompts.split(one, 0.9999999)
+
+
+def test_a_prompt_is_the_lone_turn_that_it_is():
+    """Or the same prompt, written otherwise, would be trained on and held out."""
+    lines = [b'{"prompt": "hi"}', b'"hi"', b'{"messages": [{"role": "user", "content": "hi"}]}']
+    others = [
+        b'{"messages": [{"role": "system", "content": "hi"}]}',
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}',
+    ]
+    keys = [prompts.parse(line, Path("p"))[0].key for line in (*lines, *others)]
+    assert len(set(keys[:3])) == 1 and len(set(keys)) == 3
