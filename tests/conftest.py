@@ -14,7 +14,6 @@ from mlx_dgemma.loading import load
 from mlx_dgemma.model import DiffusionGemma
 from tests.helpers import random_model
 
-
 if device := os.environ.get("MLX_DGEMMA_TEST_DEVICE"):  # cpu or gpu; what is exact on a CPU is not on Metal
     mx.set_default_device({"cpu": mx.cpu, "gpu": mx.gpu}[device])
 

@@ -42,9 +42,6 @@ SCHEMA = 2
 SHIPPED = Path(__file__).parent / "bundles"  # recorded once, replayed anywhere
 # one rounding: no error below this share of a quantity's size is held against anyone
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
-# Of `soft` four: the exp of MLX on a CPU, which the shares of tokens are made of, is off by up to 3.5e-6 of itself,
-# torch's by 6e-8. Behind a sure canvas, whose logits are all but exact, that is all the error there is.
-ROUNDINGS = {"soft": 4}
 DETAILED = ((0, 0), (0, 1), (1, 0))  # (canvas, step) of the denoising passes whose layers are kept
 STEP = ("canvas", "token", "renoise", "accepted", "best", "ran", "done")
 WHOLE_VOCABULARY = 4096  # up to this size the logits of all ids are kept
@@ -105,14 +102,13 @@ class Bundle:
         return columns(self.facts["columns"], text.get("vocab_size", ModelConfig.vocab_size))
 
     def floor(self, quantity: str) -> Error:
-        """The error that this dtype is allowed to have: the reference's own, but at least one rounding (`ROUNDINGS`).
-
-        In bfloat16 also what another attention kernel, or another device, changes.
+        """The error that this dtype is allowed to have: the reference's own, or what another attention kernel or
+        another device changes of it, if that is more; at least one rounding.
         """
         own, noise = self.own(quantity), self.noise(quantity)
-        if self.is_float32 or noise is None:
-            return self._at_least_one_rounding(quantity, own)
-        return self._at_least_one_rounding(quantity, Error(max(own.max, noise.max), max(own.rms, noise.rms)))
+        if noise is not None:
+            own = Error(max(own.max, noise.max), max(own.rms, noise.rms))
+        return self._at_least_one_rounding(quantity, own)
 
     def floor_of_one_run(self, quantity: str) -> Error:
         """The same from the recorded run alone, without its neighbours: a stricter, luckier measure."""
@@ -129,11 +125,10 @@ class Bundle:
         return Error(*(max(entry[key] for entry in noise) for key in ("max", "rms"))) if noise else None
 
     def _at_least_one_rounding(self, quantity: str, error: Error) -> Error:
-        roundings = ROUNDINGS.get(quantity.partition("/")[2], 1)
         largest = typical = self.facts["floors"][quantity]["scale"]
         if not self.is_float32:  # judged by its root mean square alone, a rounding is one of a typical entry
             typical = float(np.sqrt(np.mean(self.arrays[quantity] ** 2)))
-        one = roundings * EPSILON["float32" if self.is_float32 else "bfloat16"]
+        one = EPSILON["float32" if self.is_float32 else "bfloat16"]
         return Error(max(error.max, one * largest), max(error.rms, one * typical))
 
 

@@ -37,7 +37,9 @@ NO_SIZES = ("quantization", "pad_token_id", "bos_token_id", "eos_token_ids", "im
 class Measure:
     """A quantity: our error, the reference's own, and the ratio to what the dtype is allowed.
 
-    `noise`: by how much the reference differs from itself, with another attention kernel or device.
+    Attributes:
+        noise: by how much the reference differs from itself, with another attention kernel or device.
+        limit: of the ratio; None: MAX_RATIO.
     """
 
     name: str
@@ -45,10 +47,15 @@ class Measure:
     own: Error
     ratio: float
     noise: Error | None = None
+    limit: float | None = None
 
     @property
     def passed(self) -> bool:
-        return self.ratio <= MAX_RATIO  # False for nan
+        return self.ratio <= limit_of(self.limit)  # False for nan
+
+
+def limit_of(max_ratio: float | None) -> float:
+    return MAX_RATIO if max_ratio is None else max_ratio
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Report:
     measures: list[Measure] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
+    max_ratio: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -102,7 +110,7 @@ class Report:
     def table(self) -> str:
         lines = [self.name, *self._measured(), *self._decided()]
         if self.passed:
-            lines.append(f"passed: the worst ratio is {self.worst_ratio:.2f}, {MAX_RATIO:g} are allowed")
+            lines.append(f"passed: the worst ratio is {self.worst_ratio:.2f}, {limit_of(self.max_ratio):g} are allowed")
         else:
             lines.append(f"FAILED: first at {self.first_failure}")
         return "\n".join(lines)
@@ -148,18 +156,19 @@ def _folded(measures: list[Measure]) -> Iterator[tuple[str, Measure]]:
         yield (group[0].name if len(group) == 1 else f"{worst.name} (of {len(group)})"), worst
 
 
-def check(folder: Path, model: str | None = None) -> Report:
+def check(folder: Path, model: str | None = None, max_ratio: float | None = None) -> Report:
     """Replay the bundle in `folder` on MLX's default device.
 
     Args:
         model: where its checkpoint is, if that is neither in the bundle nor embedded here.
+        max_ratio: by default MAX_RATIO; more is for devices that are known to round worse.
 
     Raises:
         InputError: the bundle is damaged, or the checkpoint is missing or another one.
     """
     bundle = read(folder)
     checkpoint = _checkpoint(bundle, model)
-    return judge(bundle, load_model(checkpoint, dtype=replay_dtype(bundle)))
+    return judge(bundle, load_model(checkpoint, dtype=replay_dtype(bundle)), max_ratio)
 
 
 def replay_dtype(bundle: Bundle) -> mx.Dtype:
@@ -197,14 +206,16 @@ def require_same_sizes(bundle: Bundle, folder: Path) -> None:
         )
 
 
-def judge(bundle: Bundle, model: DiffusionGemma) -> Report:
+def judge(bundle: Bundle, model: DiffusionGemma, max_ratio: float | None = None) -> Report:
     """Levels 2, 3 and 4 of a bundle."""
     facts, dtype = bundle.facts, str(model.dtype).removeprefix("mlx.core.")
     recorded = f"recorded in {facts['dtype']} on {facts['device']}"
-    report = Report(f"{bundle.folder.name}: {facts['model']}, {recorded}, replayed in {dtype} on {_device()}")
+    report = Report(
+        f"{bundle.folder.name}: {facts['model']}, {recorded}, replayed in {dtype} on {_device()}", max_ratio=max_ratio
+    )
     got = replay.walk(model, bundle)
-    report.measures = measures(bundle, got)
-    counts = [*_routers(bundle, got), *_decisions(bundle, got), *_next_tokens(bundle, got)]
+    report.measures, limit = measures(bundle, got, max_ratio), limit_of(max_ratio)
+    counts = [*_routers(bundle, got), *_decisions(bundle, got, limit), *_next_tokens(bundle, got, limit)]
     for row in range(len(bundle.arrays["prompt"])):
         counts += _trajectory(bundle, row, *replay.free_run(model, bundle, row))
     if len(bundle.arrays["prompt"]) > 1:
@@ -226,12 +237,12 @@ def _agreement(bundle: Bundle, count: Count) -> Agreement:
     return Agreement(count.name, count.total - min(count.total, count.wrong + count.ties), count.total, own)
 
 
-def measures(bundle: Bundle, got: dict[str, np.ndarray]) -> list[Measure]:
+def measures(bundle: Bundle, got: dict[str, np.ndarray], max_ratio: float | None = None) -> list[Measure]:
     """Level 2: every quantity of a walk against the truth, in the order they are computed."""
-    return [_measure(bundle, name, got[name]) for name in bundle.facts["floors"]]
+    return [_measure(bundle, name, got[name], max_ratio) for name in bundle.facts["floors"]]
 
 
-def _measure(bundle: Bundle, name: str, got: np.ndarray) -> Measure:
+def _measure(bundle: Bundle, name: str, got: np.ndarray, max_ratio: float | None) -> Measure:
     truth = bundle.arrays[name]
     if name.startswith("steps/"):
         got, truth = got[bundle.arrays["steps/ran"]], truth[bundle.arrays["steps/ran"]]
@@ -239,7 +250,7 @@ def _measure(bundle: Bundle, name: str, got: np.ndarray) -> Measure:
     ratio = error.rms / floor.rms
     if bundle.is_float32:
         ratio = max(error.max / floor.max, ratio)
-    return Measure(name, error, bundle.own(name), ratio, bundle.noise(name))
+    return Measure(name, error, bundle.own(name), ratio, bundle.noise(name), max_ratio)
 
 
 def _routers(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
@@ -263,11 +274,11 @@ def _kind(name: str) -> str:
     return name.partition("/")[0].partition(".")[0]
 
 
-def _decisions(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
+def _decisions(bundle: Bundle, got: dict[str, np.ndarray], limit: float) -> Iterator[Count]:
     """argmax, acceptance, the next canvas and the stop rule, at every step, from the recorded canvas."""
     arrays, ran = bundle.arrays, bundle.arrays["steps/ran"]
     width = arrays["steps/canvas"].shape[-1]
-    of_peak, of_entropy = (MAX_RATIO * bundle.floor(f"steps/{name}").max for name in ("peak", "entropy"))
+    of_peak, of_entropy = (limit * bundle.floor(f"steps/{name}").max for name in ("peak", "entropy"))
     near = {
         "best": arrays["steps/gap"] < 2 * of_peak,
         "accepted": arrays["steps/slack"] < width * of_entropy,
@@ -282,12 +293,12 @@ def _decisions(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
     yield _count("stop", got["steps/done"] != arrays["steps/done"], close, ran)
 
 
-def _next_tokens(bundle: Bundle, got: dict[str, np.ndarray]) -> Iterator[Count]:
+def _next_tokens(bundle: Bundle, got: dict[str, np.ndarray], limit: float) -> Iterator[Count]:
     """The likeliest token behind every position of the text, and the round of verification."""
     arrays = bundle.arrays
     for name, label in (("ar", "ar: next token"), ("verify", "verify: drafts")):
         differs = got[f"{name}/best"] != arrays[f"{name}/best"]
-        near = arrays[f"{name}/gap"] < 2 * MAX_RATIO * bundle.floor(f"{name}/top").max
+        near = arrays[f"{name}/gap"] < 2 * limit * bundle.floor(f"{name}/top").max
         yield Count(label, int((differs & ~near).sum()), int((differs & near).sum()), differs.size)
     accepted = int(arrays["verify/accepted"][0])
     right = [*arrays["verify/block"][1 : 1 + accepted].tolist(), int(arrays["verify/best"][0, accepted])]

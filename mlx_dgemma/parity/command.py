@@ -72,6 +72,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     add("bundle", type=Path, nargs="+", metavar="BUNDLE", help="folders that record wrote")
     add("--model", help="the checkpoint, if it is neither in the bundle nor embedded here; or a quantised one")
     add("--device", choices=("cpu", "gpu"), help="where MLX runs (its default device)")
+    add("--max-ratio", type=float, metavar="R", help="allow more than 4, on a device known to round worse (4)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -133,6 +134,8 @@ def _tiny_shape(args: argparse.Namespace) -> Shape:
 
 
 def _check(args: argparse.Namespace) -> int:
+    if args.max_ratio is not None and not args.max_ratio > 0:
+        raise UsageError(f"--max-ratio must be a number above 0, not {args.max_ratio:g}")
     _use_device(args.device)
     from .check import check
     from .compare import compare, is_quantised
@@ -143,7 +146,7 @@ def _check(args: argparse.Namespace) -> int:
         return 0
     failed = []
     for folder in args.bundle:
-        report = check(folder, args.model)
+        report = check(folder, args.model, args.max_ratio)
         print(report.table(), end="\n\n", flush=True)
         failed += [] if report.passed else [f"{folder} at {report.first_failure}"]
     if failed:

@@ -33,10 +33,17 @@ def test_check_fails_with_status_1(capsys, monkeypatch):
     assert "encode.0/layer.0" in capsys.readouterr().err
 
 
+def test_check_with_a_ratio_of_its_own(capsys):
+    assert status("check", BUNDLES / "full", "--max-ratio", "0.01") == 1
+    assert status("check", BUNDLES / "full", "--max-ratio", "16") == 0
+    assert "16 are allowed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (["check", "nowhere"], "no such folder"),
+        (["check", "nowhere", "--max-ratio", "nan"], "--max-ratio must be a number above 0"),
         (["record", "--model", "tiny:round", "--out", "x"], "no such shape"),
         (["record", "--model", "tiny:full", "--prompt", "hello", "--out", "x"], "--prompt"),
         (["record", "--model", "tiny:full", "--dtype", "float64", "--device", "cuda", "--out", "x"], "host's work"),
