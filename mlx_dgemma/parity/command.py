@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,8 @@ def _record(args: argparse.Namespace) -> int:
     steps = " + ".join(map(str, facts["canvases"]))
     print(f"{args.out}: {len(facts['canvases'])} canvases of {steps} steps, {len(facts['floors'])} quantities")
     if facts["device_bytes_beside_model"] is not None:
-        print(f"{facts['device']}: {facts['device_bytes_beside_model'] / 1e9:.2f} GB beside the model at most")
+        said = (f"{size / 1e9:.2f} GB in {what}" for what, size in facts["device_bytes_beside_model"].items())
+        print(f"{facts['device']}: beside the model at most {', '.join(said)}")
     return 0
 
 
@@ -134,13 +136,15 @@ def _tiny_shape(args: argparse.Namespace) -> Shape:
 
 
 def _check(args: argparse.Namespace) -> int:
-    if args.max_ratio is not None and not args.max_ratio > 0:
+    if args.max_ratio is not None and not 0 < args.max_ratio < math.inf:
         raise UsageError(f"--max-ratio must be a number above 0, not {args.max_ratio:g}")
     _use_device(args.device)
     from .check import check
     from .compare import compare, is_quantised
 
     if is_quantised(args.model):
+        if args.max_ratio is not None:
+            raise UsageError(f"--max-ratio: {args.model} is quantised, which is compared and not judged; leave it out")
         for folder in args.bundle:
             print(compare(folder, args.model).table(), end="\n\n", flush=True)
         return 0

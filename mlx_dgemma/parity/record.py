@@ -55,6 +55,7 @@ def record_tiny(
     sampling = GenerationConfig().replace(
         **SAMPLING | {"max_new_tokens": shape.canvases * shape.canvas_length} | shape.sampling
     )
+    device_memory(device)  # before a model is made for a device that is not there
     with new_folder(out) as work, _one_thread():
         save_random(shape, random, work / "model")
         return _record(work / "model", Run(name, prompt, sampling, seed), work, device, dtype)
@@ -110,20 +111,21 @@ def _record(folder: Path, run: Run, work: Path, device: str, dtype: str) -> dict
     require_room(folder, dtype, device_memory(device))
     in_float32 = dtype != "bfloat16"
     model = load_reference(folder, device, "float32" if in_float32 else dtype)
+    peak = _DevicePeak(model)
     with in_float64(model) if dtype == "float64" else nullcontext():
         story = generate_reference(model, run)
     _check_story(story)
+    generating = peak.beside_model()
     tops: dict[str, torch.Tensor] = {}  # the ids whose logits every walk keeps
-    peak = _DevicePeak(model)
     single = walk(model, story, run, tops)
-    runs = [single.quantities]
-    runs += [walk(other, story, run, tops).quantities for other in neighbours(model, run.seed)] if in_float32 else []
     with with_sdpa(model) as other:
-        noise = {"sdpa": walk(other, story, run, tops).quantities}
-    beside_model = peak.beside_model()
+        others = {"sdpa": walk(other, story, run, tops).quantities}
+    runs = [walk(other, story, run, tops).quantities for other in neighbours(model, run.seed)] if in_float32 else []
+    walking = peak.beside_model()
     model.to("cpu")  # the truth is the host's work
     if device != "cpu":
-        noise["cpu"] = walk(model, story, run, tops).quantities
+        others["cpu"] = walk(model, story, run, tops).quantities
+    runs = [single.quantities, *runs, *others.values()]
     with in_float64(model) as exact:
         truth = walk(exact, story, run, tops)
     _check_walk(story, (truth if dtype == "float64" else single).quantities)
@@ -132,7 +134,7 @@ def _record(folder: Path, run: Run, work: Path, device: str, dtype: str) -> dict
         "model": run.name,
         "checkpoint": bundle.checkpoint_hash(folder),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "device_bytes_beside_model": beside_model,
+        "device_bytes_beside_model": None if walking is None else {"generate": generating, "walks": walking},
         "dtype": dtype,
         "seed": run.seed,
         "versions": VERSIONS,
@@ -142,7 +144,7 @@ def _record(folder: Path, run: Run, work: Path, device: str, dtype: str) -> dict
         "columns": bundle.column_count(sizes.vocab_size),
         "agreement": _agreement(single, truth, story),
         "floors": {
-            name: _floor(name, runs, truth.quantities, story, noise)
+            name: _floor(name, runs, truth.quantities, story, others)
             for name in truth.quantities
             if bundle.is_judged(name)
         },
@@ -163,18 +165,26 @@ def _one_thread() -> Iterator[None]:
 
 
 class _DevicePeak:
-    """How many bytes a CUDA device has to hold beside the model, from now on."""
+    """How many bytes a CUDA device has to hold beside the model."""
 
     def __init__(self, model: Reference):
         self._is_cuda = model.device.type == "cuda"
         if self._is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
             self._model = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+            self._restart()
 
     def beside_model(self) -> int | None:
-        """None on a CPU."""
-        return torch.cuda.max_memory_allocated() - self._model if self._is_cuda else None
+        """Since it was made, or last asked; None on a CPU."""
+        if not self._is_cuda:
+            return None
+        most = torch.cuda.max_memory_allocated() - self._model
+        self._restart()
+        return most
+
+    @staticmethod
+    def _restart() -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 # --- is it worth keeping?
@@ -224,9 +234,12 @@ def _floor(
     runs: list[dict[str, np.ndarray]],
     truth: dict[str, np.ndarray],
     story: Story | None,
-    noise: dict[str, dict[str, np.ndarray]] | None = None,
+    others: dict[str, dict[str, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
-    """The reference's own error, the largest of several runs, where rows have not stopped; and its noise."""
+    """The reference's own error, the largest of several runs, where rows have not stopped.
+
+    `others` are those of another kernel or device; by how much they differ from the first is its noise.
+    """
     ran = slice(None)
     if name.startswith("steps/"):
         ran = np.stack([step["ran"] for canvas in story.steps for step in canvas])
@@ -234,7 +247,7 @@ def _floor(
     errors = [bundle.Error.between(single[name][ran], exact) for single in runs]
     largest = bundle.Error(max(error.max for error in errors), max(error.rms for error in errors))
     differences = {
-        kind: bundle.Error.between(other[name][ran], runs[0][name][ran]) for kind, other in (noise or {}).items()
+        kind: bundle.Error.between(other[name][ran], runs[0][name][ran]) for kind, other in (others or {}).items()
     }
     return {
         **_rounded(largest),

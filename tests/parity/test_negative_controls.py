@@ -16,7 +16,7 @@ BLOCK = 7  # positions of the block that is verified; no canvas of `wide` has so
 
 
 def failures(report):
-    return [entry.name for entry in [*report.measures, *report.counts] if not entry.passed]
+    return [entry.name for entry in [*report.measures, *report.counts, *report.agreements] if not entry.passed]
 
 
 # --- the traps of the model, in both passes
@@ -134,6 +134,11 @@ def accepted_once_accepted_for_ever(planted, patch):
 
     patch.setattr(sampling, "accept", kept)
     patch.setattr(denoise, "accept", kept)
+
+
+def everything_accepted(planted, patch):
+    for module in (sampling, denoise):
+        patch.setattr(module, "accept", lambda entropy, bound: mx.ones_like(entropy) > 0)
 
 
 def stopping_one_step_early(planted, patch):
@@ -292,6 +297,7 @@ BUGS = [
     Bug(softcap_left_out, "nano_bfloat16", "encode.0/logsumexp"),
     Bug(router_on_the_normed_input, "nano_bfloat16", "encode.0/layer.3"),
     Bug(encoder_scalars_in_denoise, "nano_bfloat16", "denoise.0.0/layer.0"),
+    Bug(everything_accepted, "nano_bfloat16", "steps: accepted"),
     Bug(self_conditioning_left_out, "window", "denoise.0.1/layer.0"),
     Bug(no_norm_without_self_conditioning, "window", "denoise.0.0/layer.0"),
     Bug(soft_embedding_unscaled, "window", "denoise.0.1/soft"),
