@@ -27,11 +27,13 @@ CANVASES = 64  # prompt tokens that the canvases of a bundle take about as long 
 def measure(subject: Subject, section: Section, budget: Budget) -> None:
     """A row per bundle and device, short ones first."""
     section.notes.append(
-        "Worst ratio: error against float64 over that of the reference in float32; "
-        f"up to {check.MAX_RATIO:g} passes. Independent of the model given."
+        "Worst ratio: error against float64 over that of the reference in the same dtype; "
+        f"{_limits(subject)}. Independent of the model given."
     )
     took: dict[Path, float] = {}
     lengths = shipped()
+    if not lengths:
+        section.faults.append("no bundle was found; install the package again")
     for device in subject.devices:
         for folder in lengths:
             if not budget.has(_expected(folder, took, lengths)):
@@ -41,7 +43,8 @@ def measure(subject: Subject, section: Section, budget: Budget) -> None:
             started = budget.clock()
             try:
                 with on(device):
-                    report = check.check(folder)
+                    report = check.check(folder, None, _max_ratio(subject, device))
+                    section.notes += _dtypes(folder, device)
                 found = (report.worst_ratio, report.passed, report.first_failure)
                 wrong = f"parts from the reference at {report.first_failure}"
             except (InputError, RuntimeError) as error:  # damaged; a kernel that this device lacks
@@ -51,6 +54,26 @@ def measure(subject: Subject, section: Section, budget: Budget) -> None:
             section.add(folder.name, device, *found, took[folder])
             if not found[1]:
                 section.faults.append(f"bundle {folder.name} on {device}: {wrong}")
+
+
+def _max_ratio(subject: Subject, device: str) -> float | None:
+    """A CPU rounds as the reference's does: what is given is for GPUs alone."""
+    return subject.max_ratio if device == "gpu" else None
+
+
+def _limits(subject: Subject) -> str:
+    """What passes: on all devices, or device by device where they differ."""
+    limits = {device: f"{check.limit_of(_max_ratio(subject, device)):g}" for device in subject.devices}
+    if len(set(limits.values())) == 1:
+        return f"up to {next(iter(limits.values()))} passes"
+    return "what passes: " + ", ".join(f"up to {limit} on the {device.upper()}" for device, limit in limits.items())
+
+
+def _dtypes(folder: Path, device: str) -> list[str]:
+    """A note, if the current device replays the bundle in another dtype than it was recorded in."""
+    recorded = bundle.read(folder)
+    replayed, dtype = str(check.replay_dtype(recorded)).removeprefix("mlx.core."), recorded.facts["dtype"]
+    return [f"{folder.name}: recorded in {dtype}, replayed in {replayed} on a {device.upper()}."] * (replayed != dtype)
 
 
 def _expected(folder: Path, took: dict[Path, float], lengths: dict[Path, int]) -> float:

@@ -18,6 +18,7 @@ from ..command import FAILED, Parser, run_command
 from ..drafter import check as check_drafter
 from ..errors import InputError, UsageError
 from . import plan, text
+from .paths import shown_command, shown_name
 from .report import Report, Section
 
 SECONDS = 180.0
@@ -31,7 +32,8 @@ there is. Exit status: 0 nothing wrong, 1 something is, 2 bad usage, 130 interru
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `mlx_dgemma.check`."""
-    run_command(_command, argument_parser(), argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    run_command(lambda args: _command(args, typed), argument_parser(), typed)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -46,54 +48,77 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "gpu"), help="where the model runs (default: MLX's; bundles run on both)")
     add("--seconds", type=float, default=SECONDS, metavar="S", help=f"at most, loading apart (default: {SECONDS:g})")
     add("--only", nargs="+", metavar="SECTION", help=f"of {', '.join(plan.PLAN)} (default: all)")
+    more = "of bundles on the GPU: allow more than 4, on one known to round worse (default: 4)"
+    add("--max-ratio", type=float, metavar="R", help=more)
     add("--json", type=Path, metavar="FILE", help="write the report as JSON (default: none)")
     add("--markdown", type=Path, metavar="FILE", help="write it as Markdown, to paste into an issue (default: none)")
     add("--debug", action="store_true", help="show a traceback if something fails")
     return parser
 
 
-def _command(args: argparse.Namespace) -> int:
-    if not (math.isfinite(args.seconds) and args.seconds >= LEAST):
-        raise UsageError(f"--seconds must be a number of at least {LEAST:g}, not {args.seconds:g}")
-    names = _names(args.only)
-    for drafter in args.drafter:
-        check_drafter(drafter, {})
-    files = [path for path in (args.json, args.markdown) if path is not None]
-    for path in files:
-        _require_place(path)
-    if len({path.absolute() for path in files}) < len(files):
-        raise UsageError(f"--json and --markdown both name {files[0]}; give them files of their own")
+def _command(args: argparse.Namespace, typed: Sequence[str]) -> int:
+    names, files, model = _names(args.only), _files(args), shown_name(args.model)
+    _require_sound(args)
     _use_device(args.device)
-    print(f"mlx_dgemma.check: {', '.join(names)}; {args.seconds:g} s at most after loading {args.model}", flush=True)
-    if any(os.access(path, os.F_OK) for path in files):
+    print(f"mlx_dgemma.check: {', '.join(names)}; {args.seconds:g} s at most after loading {model}", flush=True)
+    known = {"command": f"mlx_dgemma.check {shown_command(typed)}".rstrip(), "model": f"{model}, not loaded"}
+    report = _begun(known, names, args.seconds)
+    if any(path.exists() for path in files):
         print(f"{' and '.join(str(path) for path in files if path.exists())}: will be replaced", flush=True)
-    return _run(args, names)
-
-
-def _run(args: argparse.Namespace, names: Sequence[str]) -> int:
-    """Load, measure, show, write."""
-    from mlx_lm.generate import wired_limit
-
-    from .budget import Budget
-    from .machine import facts
-    from .subject import Subject
-
-    started = time.perf_counter()
-    subject = Subject.load(args.model, args.drafter)
-    loading = {"loading": f"{time.perf_counter() - started:.1f} s, drafters included"}
-    report = Report(facts() | subject.facts() | loading, plan.sections(names), args.seconds)
-    print(f"\n{text.facts(report)}\n", flush=True)
-    budget = Budget(args.seconds)
     try:
-        with _progress(budget, args.seconds) as (tell, show), wired_limit(subject.model):
-            subject.tell = tell
-            plan.fill(subject, report.sections, budget, show, args.debug)
+        _run(args, report)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off what is being written
+        report.was_interrupted = True
         _finish(args, report)
         raise
     _finish(args, report)
     return FAILED if report.faults else 0
+
+
+def _require_sound(args: argparse.Namespace) -> None:
+    """Raise UsageError for what can be told before a model is loaded."""
+    if not (math.isfinite(args.seconds) and args.seconds >= LEAST):
+        raise UsageError(f"--seconds must be a number of at least {LEAST:g}, not {args.seconds:g}")
+    if args.max_ratio is not None and not (math.isfinite(args.max_ratio) and args.max_ratio > 0):
+        raise UsageError(f"--max-ratio must be a number above 0, not {args.max_ratio:g}")
+    for drafter in args.drafter:
+        check_drafter(drafter, {})
+
+
+def _files(args: argparse.Namespace) -> list[Path]:
+    """Those to write. Raises UsageError if that cannot be."""
+    files = [path for path in (args.json, args.markdown) if path is not None]
+    for path in files:
+        _require_place(path)
+    if len({os.path.realpath(path) for path in files}) < len(files):
+        raise UsageError(f"--json and --markdown both name {files[0]}; give them files of their own")
+    return files
+
+
+def _begun(known: dict[str, str], names: Sequence[str], seconds: float) -> Report:
+    """Before the model is loaded; imports MLX."""
+    from .machine import facts
+
+    return Report(facts() | known, plan.sections(names), seconds)
+
+
+def _run(args: argparse.Namespace, report: Report) -> None:
+    """Load, measure, show."""
+    from mlx_lm.generate import wired_limit
+
+    from .budget import Budget
+    from .subject import Subject
+
+    started = time.perf_counter()
+    subject = Subject.load(args.model, args.drafter)
+    subject.max_ratio = args.max_ratio
+    report.facts |= subject.facts() | {"loading": f"{time.perf_counter() - started:.1f} s, drafters included"}
+    print(f"\n{text.facts(report)}\n", flush=True)
+    budget = Budget(args.seconds)
+    with _progress(budget, args.seconds) as (tell, show), wired_limit(subject.model):
+        subject.tell = tell
+        plan.fill(subject, report.sections, budget, show, args.debug)
 
 
 def _finish(args: argparse.Namespace, report: Report) -> None:
@@ -142,22 +167,26 @@ def _use_device(name: str | None) -> None:
 
 
 def _require_place(path: Path) -> None:
-    """Raise UsageError if a file cannot be written there."""
-    parent = path.absolute().parent
+    """Raise UsageError if a file cannot be written there, or where a link there leads to."""
+    target = Path(os.path.realpath(path))
+    parent = target.parent
     if not parent.is_dir():
         raise UsageError(f"{path}: {parent} is not a folder; create it first")
-    if path.is_dir():
+    if target.is_dir():
         raise UsageError(f"{path}: is a folder; name a file")
+    if os.path.lexists(target) and not target.is_file():  # a device, a pipe, a link in a circle
+        raise UsageError(f"{path}: is not a regular file; name another")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"{path}: {parent} cannot be written to; name another place")
 
 
 def _write(path: Path, content: str) -> None:
-    """The whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """The whole file or none; a link stays one."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; the report is above") from None
     finally:

@@ -55,6 +55,9 @@ def _row(subject: Subject, section: Section, stacks: list[Experts], size: int, b
     for is_sorted, share in ((False, 0.5), (True, 1.0)):
         found = seconds_of(lambda way=is_sorted: _through(stacks, routes, way), budget.part(share), SAMPLES)
         times[is_sorted] = median(found[1:] or found) / len(stacks) if found else None
+    if not any(times.values()):
+        section.missing.append(f"{size} positions")
+        return 0.0
     is_used = size * top_k >= SORT_FROM
     seconds, touched = times[is_used], sum(route.touched for route in routes) / len(routes)
     rates = (None, None)

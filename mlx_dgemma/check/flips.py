@@ -50,11 +50,12 @@ def _compare(subject: Subject, section: Section, budget: Budget, temperature: fl
     config = widths.plain_options(subject.model.generation_config, temperature, length)
     subject.tell(f"flips: {length} tokens at temperature {temperature:g}")
     results = widths.compare(Limited(subject.model, budget), prompt, config, SEED, WIDTHS)
+    done = 0
     try:
         for result in results:
             _add(section, temperature, result)
+            done += result.is_whole
     except OutOfTime:
-        done = sum(row["temperature"] == temperature for row in section.rows)
         section.missing += [f"{width} drafts a pass at temperature {temperature:g}" for width in WIDTHS[done:]]
 
 

@@ -6,8 +6,8 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -33,9 +33,10 @@ def on(device: str) -> Iterator[None]:
 
 
 def facts() -> dict[str, Any]:
-    """Chip, system, versions; one line each."""
+    """Date, chip, system, versions; one line each."""
     versions = [f"{name} {_version(name)}" for name in ("mlx", "mlx-lm", "transformers")]
     return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "chip": f"{chip()}, {os.cpu_count()} CPU cores",
         "memory": f"{machine_memory() / GB:.1f} GB{_working_set()}",
         "system": f"{system()}, Python {platform.python_version()}",
@@ -75,15 +76,3 @@ def process_peak() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else 1024 * peak  # bytes there, KB elsewhere
-
-
-def shown_name(model: str) -> str:
-    """A Hub id as it is; of a folder its own name alone: reports are pasted in public."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
-
-
-def shown_drafter(drafter: str) -> str:
-    """The same for the folder in "block:FOLDER"."""
-    name, colon, argument = drafter.partition(":")
-    return f"{name}{colon}{shown_name(argument)}" if argument else drafter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -10,14 +9,14 @@ import mlx.core as mx
 
 from ..cache import PrefixCache
 from ..decoding.causal import Verifier, decode
-from ..decoding.costs import CANVAS, KEPT, CostTable
+from ..decoding.costs import KEPT, CostTable
 from ..decoding.counts import Counts
 from ..decoding.prefill import prefill
 from ..decoding.width import WIDEST, Widths
 from ..denoise import denoise
 from .budget import Budget
 from .report import Column, Section
-from .subject import Subject, seconds_of
+from .subject import Subject, seconds_of, turned_off
 
 TITLE = "What a pass costs"
 COLUMNS = (
@@ -136,41 +135,47 @@ def _verify(bench: Bench, sizes: tuple[int, ...], budget: Budget) -> None:
 def _canvas(bench: Bench, budget: Budget) -> None:
     subject = bench.subject
     subject.tell("costs: denoising steps")
-    steps = _denoising(bench)
-    times = []
+    times: list[float] = []
     if budget.has(bench.medians.get("prompt", 0.0)):
-        next(steps)  # of the first canvas, has no self-conditioning
-        times = seconds_of(lambda: next(steps), budget, KEPT)
+        for canvas in range(KEPT + 1):
+            _denoise(bench, canvas, times, budget)
     bench.add("canvas step", subject.model.config.canvas_length, times)
-    bench.learn(CANVAS, 1, times)
 
 
-def _denoising(bench: Bench) -> Iterator[None]:
-    """Steps of canvas after canvas; first steps, which condition on nothing, are run on the way."""
-    subject, index = bench.subject, 0
-    while True:
-        for frame in denoise(subject.model, bench.cache, subject.model.generation_config, subject.draws(), index):
-            if frame.step > 1 or index == 0:
-                yield
-        index += 1
+def _denoise(bench: Bench, canvas: int, times: list[float], budget: Budget) -> None:
+    """Add the seconds of the steps of a canvas, but for the first, which conditions on nothing."""
+    model = bench.subject.model
+    steps = denoise(model, bench.cache, model.generation_config, bench.subject.draws(), canvas)
+    while len(times) <= KEPT and budget.has(times[-1] if times else 0.0):
+        started = budget.clock()
+        frame = next(steps, None)
+        if frame is None:
+            return
+        if frame.step > 1:
+            times.append(budget.clock() - started)
 
 
 def _drafts(bench: Bench, budget: Budget) -> None:
     for number, (name, drafter) in enumerate(bench.subject.drafters.items()):
         bench.subject.tell(f"costs: drafts of {name}")
         part = budget.part(1 / (len(bench.subject.drafters) - number + 1))
-        times = _rounds(bench, drafter, part) if part.has(2 * bench.medians.get("prompt", 0.0)) else []
-        bench.add(f"{name} draft", WIDEST if times else None, times)
+        counts = Counts()
+        times = _rounds(bench, drafter, counts, part) if part.has(2 * bench.medians.get("prompt", 0.0)) else []
+        if counts.drafter_failure:
+            bench.section.faults.append(turned_off(name, counts.drafter_failure))
+            bench.section.add(f"{name} draft", WIDEST, None, None, None)
+        else:
+            bench.add(f"{name} draft", WIDEST if times else None, times)
 
 
-def _rounds(bench: Bench, drafter: object, budget: Budget) -> list[float]:
+def _rounds(bench: Bench, drafter: object, counts: Counts, budget: Budget) -> list[float]:
     """Seconds of drafts, as the loop charges them, in rounds of an answer."""
     subject, widths = bench.subject, Listener(bench.table)
     config = subject.greedy((KEPT + 1) * (WIDEST + 1)).replace(eos_token_ids=())
-    tokens = decode(subject.model, bench.text, config, subject.draws(), drafter=drafter, widths=widths)
+    tokens = decode(subject.model, bench.text, config, subject.draws(), drafter=drafter, widths=widths, counts=counts)
     try:
         for _ in tokens:
-            if len(widths.drafts) > KEPT or not budget.has():
+            if len(widths.drafts) > KEPT or counts.drafter_failure or not budget.has():
                 break
     finally:
         tokens.close()

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .paths import scrubbed
+
 SCHEMA = 1
 NAMED = 6  # missing pieces, in a text; JSON has all
+PARITY, MEMORY = "parity", "memory"  # the section that compares with the reference; the one that runs nothing
 COMPLETE, CUT, INTERRUPTED, FAILED, NOT_RUN = "complete", "cut short", "interrupted", "failed", "not run"
 
 
@@ -25,7 +28,7 @@ class Column:
             return "-"
         if isinstance(value, bool):
             return "yes" if value else "no"
-        return str(value) if isinstance(value, str) else format(value, self.form)
+        return scrubbed(value) if isinstance(value, str) else format(value, self.form)
 
 
 @dataclass
@@ -59,7 +62,8 @@ class Section:
 
     def remarks(self) -> list[str]:
         """What is wrong, what is missing, how to read it."""
-        return [*(f"WRONG: {fault}" for fault in self.faults), *self._left_out(), *self.notes]
+        wrong = [f"WRONG: {fault}" for fault in self.faults]
+        return [scrubbed(remark) for remark in (*wrong, *self._left_out(), *self.notes)]
 
     def _left_out(self) -> list[str]:
         named, more = self.missing[:NAMED], len(self.missing) - NAMED
@@ -73,7 +77,7 @@ class Section:
     def as_dict(self) -> dict[str, Any]:
         columns = [{"key": column.key, "title": column.title} for column in self.columns]
         kept = {name: getattr(self, name) for name in ("name", "title", "state", "missing", "faults", "notes")}
-        return kept | {"seconds": round(self.seconds, 3), "columns": columns, "rows": _without_nan(self.rows)}
+        return kept | {"seconds": round(self.seconds, 3), "columns": columns, "rows": self.rows}
 
 
 @dataclass
@@ -81,19 +85,27 @@ class Report:
     """Attributes:
     facts: of the machine, the versions and the model, in the order they are shown.
     seconds: that it was allowed.
+    was_interrupted: also while loading, before any section.
     """
 
     facts: dict[str, Any]
     sections: list[Section]
     seconds: float
+    was_interrupted: bool = False
 
     @property
     def faults(self) -> list[str]:
-        return [f"{section.name}: {fault}" for section in self.sections for fault in section.faults]
+        return [f"{section.name}: {scrubbed(fault)}" for section in self.sections for fault in section.faults]
 
     @property
-    def is_interrupted(self) -> bool:
-        return any(section.state == INTERRUPTED for section in self.sections)
+    def passed(self) -> bool | None:
+        """None: nothing is known to be wrong, but no bundle was replayed either."""
+        is_compared = any(section.name == PARITY and section.rows for section in self.sections)
+        return False if self.faults else True if is_compared else None
+
+    def lines(self) -> dict[str, str]:
+        """The facts, as they are shown."""
+        return {name: scrubbed(str(value)) for name, value in self.facts.items()}
 
     @property
     def is_whole(self) -> bool:
@@ -101,7 +113,7 @@ class Report:
 
     def verdict(self) -> str:
         """One line: what is wrong, and whether all of it was run."""
-        ran = [section for section in self.sections if section.rows]
+        ran = [section for section in self.sections if section.rows and section.name != MEMORY]
         found = f"FAILED: {'; '.join(self.faults)}" if self.faults else "nothing wrong" if ran else "nothing measured"
         found += f" ({sum(section.seconds for section in self.sections):.0f} s)"
         if self.is_whole:
@@ -111,14 +123,17 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: numbers as they were measured, null where there is none."""
-        state = INTERRUPTED if self.is_interrupted else COMPLETE if self.is_whole else "partial"
-        head = {"schema": SCHEMA, "state": state, "passed": not self.faults, "seconds_allowed": self.seconds}
-        return head | {"facts": self.facts, "sections": [section.as_dict() for section in self.sections]}
+        state = INTERRUPTED if self.was_interrupted else COMPLETE if self.is_whole else "partial"
+        head = {"schema": SCHEMA, "state": state, "passed": self.passed, "seconds_allowed": self.seconds}
+        return _clean(head | {"facts": self.facts, "sections": [section.as_dict() for section in self.sections]})
 
 
-def _without_nan(value: Any) -> Any:
+def _clean(value: Any) -> Any:
+    """No number that JSON lacks, no path that others should not see."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: _clean(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
+        return [_clean(entry) for entry in value]
+    if isinstance(value, str):
+        return scrubbed(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ from ..model import DiffusionGemma
 from ..parity.widths import NOISE
 from .budget import Budget
 from .report import Column, Section
-from .subject import Subject
+from .subject import Subject, turned_off
 
 TITLE = "Tokens per second"
 COLUMNS = (
@@ -108,7 +108,9 @@ def _take(
     answers: dict[Way, dict[str, Answer]],
     budget: Budget,
 ) -> None:
-    """One more answer, and the rows anew."""
+    """One more answer, and the rows anew; none of a drafter that has failed."""
+    if any(_failed(answers[other]) for other in answers if other.name == way.name):
+        return
     if not budget.has():
         section.missing.append(f"{label} by {way}")
         return
@@ -119,10 +121,14 @@ def _take(
     if not answer.is_whole:
         section.missing.append(f"the rest of {label} by {way}")
     if answer.counts.drafter_failure:
-        section.notes.append(f"{way.name} was turned off: {answer.counts.drafter_failure}")
+        section.faults.append(turned_off(way.name, answer.counts.drafter_failure))
     section.rows.clear()
     for row in answers:
         _add(subject, section, row, answers)
+
+
+def _failed(answers: dict[str, Answer]) -> bool:
+    return any(answer.counts.drafter_failure for answer in answers.values())
 
 
 def _answer(subject: Subject, way: Way, prompt: Sequence[int], budget: Budget, most: int | None = None) -> Answer:
@@ -134,10 +140,9 @@ def _answer(subject: Subject, way: Way, prompt: Sequence[int], budget: Budget, m
         before[:] = clock(), counts.encode_forwards + (done < total)
 
     events = _events(subject, way, prompt, counts, prefilled)
-    done, number, reason = Answer([], 0.0, 0, counts, 0, False), 0, None
+    done = Answer([], 0.0, 0, counts, 0, False)
     try:
-        for new, reason in events:
-            number += 1
+        for number, (new, reason) in enumerate(events, 1):
             if new:  # the steps of a canvas that is cut have brought nothing yet
                 done.tokens += new
                 done.seconds = clock() - before[0]
@@ -145,10 +150,11 @@ def _answer(subject: Subject, way: Way, prompt: Sequence[int], budget: Budget, m
                 done.canvases += way.mode == "diffusion"
             if reason is None and (not budget.has() or number == most):
                 break
+        else:  # whether it says why it ended or not: it was not cut here
+            done.is_whole = True
     finally:
         events.close()
         mx.synchronize()
-    done.is_whole = reason is not None
     return done
 
 
@@ -170,26 +176,29 @@ def _events(subject: Subject, way: Way, prompt, counts, progress) -> Iterator[tu
 def _add(subject: Subject, section: Section, way: Way, answers: dict[Way, dict[str, Answer]]) -> None:
     """The row of a way: sums over its answers to what ar without a drafter has answered too."""
     plain = answers[PLAIN]
-    mine = {label: answer for label, answer in answers[way].items() if label in plain and answer.tokens}
+    mine = {
+        label: answer for label, answer in answers[way].items() if label in plain and (answer.tokens or answer.is_whole)
+    }
     if not mine:
         return
     done, beside = list(mine.values()), [plain[label] for label in mine]
     tokens, forwards = sum(len(answer.tokens) for answer in done), sum(answer.forwards for answer in done)
     rounds, accepted = (sum(getattr(answer.counts, name) for answer in done) for name in ("rounds", "accepted"))
+    same = _sameness(subject, section, way, mine, plain) if way.drafter is not None else None
+    head = (way.mode, way.name or "-", None if way.drafter is None else str(way.width or "by cost"), len(mine), tokens)
+    if _failed(mine):  # the rest of the answer was written without it
+        section.add(*head, *[None] * (len(COLUMNS) - len(head)))
+        return
     whole = [answer for answer in done if answer.is_whole and answer.canvases]
     steps = sum(answer.counts.denoise_forwards for answer in whole)
     section.add(
-        way.mode,
-        way.name or "-",
-        None if way.drafter is None else "by cost" if way.width is None else str(way.width),
-        len(mine),
-        tokens,
+        *head,
         _rate(done),
         _rate(done) / _rate(beside) if way is not PLAIN and any(answer.tokens for answer in beside) else None,
         tokens / forwards if forwards else None,
         steps / sum(answer.canvases for answer in whole) if whole and way.mode == "diffusion" else None,
         accepted / rounds if rounds else None,
-        _sameness(subject, section, way, mine, plain) if way.drafter is not None else None,
+        same,
     )
 
 
@@ -201,7 +210,7 @@ def _sameness(subject: Subject, section: Section, way: Way, mine: dict[str, Answ
     """Whether the answers are those without a drafter; a difference that no rounding explains is a fault."""
     for label in mine:
         if mine[label].same is None:
-            mine[label].same = _difference(subject, label, plain[label].tokens, mine[label].tokens)
+            mine[label].same = _difference(subject, label, plain[label], mine[label])
             if mine[label].same not in (SAME, TIE):
                 section.faults.append(f"{way} changes {mine[label].same}")
     verdicts = [answer.same for answer in mine.values() if answer.same is not None]
@@ -210,10 +219,14 @@ def _sameness(subject: Subject, section: Section, way: Way, mine: dict[str, Answ
     return f"NO: {wrong} of {len(verdicts)}" if wrong else f"but for {ties} ties" if ties else SAME if verdicts else "-"
 
 
-def _difference(subject: Subject, label: str, expected: list[int], got: list[int]) -> str:
+def _difference(subject: Subject, label: str, plain: Answer, answer: Answer) -> str:
+    expected, got = plain.tokens, answer.tokens
     number = agreement(expected, got)
-    if number >= min(len(expected), len(got)):  # one of them may have been cut
-        return SAME
+    if number >= min(len(expected), len(got)):
+        shorter = min(plain, answer, key=lambda one: len(one.tokens))
+        if len(expected) == len(got) or not shorter.is_whole:
+            return SAME
+        return f"the length of {label}: {len(got)} tokens, not {len(expected)}"
     gap = margin(subject.model, subject.prompts[label] + expected[:number], expected[number], got[number])
     return TIE if abs(gap) <= 2 * NOISE[subject.model.dtype] else f"token {number} of {label}, by {gap:.2g} in logits"
 

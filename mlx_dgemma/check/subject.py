@@ -20,7 +20,8 @@ from ..model import DiffusionGemma
 from ..prompt import encode_prompt
 from . import prompts
 from .budget import Budget
-from .machine import devices, shown_drafter, shown_name
+from .machine import devices
+from .paths import shown_drafter, shown_name
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -36,6 +37,7 @@ class Subject:
     drafters: one per name; `fresh()` where they have it.
     prompts: label -> ids.
     peaks: label -> bytes of MLX arrays at most while that was run.
+    max_ratio: that bundles may have on a GPU; None: the usual.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Subject:
     devices: Sequence[str] = ("cpu",)
     tell: Callable[[str], None] = lambda what: None
     peaks: dict[str, int] = field(default_factory=dict)
+    max_ratio: float | None = None
     _pace: float | None = None
 
     @classmethod
@@ -125,6 +128,12 @@ def _until(count: int, items: Iterator[Any]) -> Iterator[Any]:
             yield item
     finally:
         items.close()
+
+
+def turned_off(name: str, failure: str) -> str:
+    """What became of a drafter that raised; `name` stands for its own, which may be a path."""
+    call, _, raised = failure.partition(" raised ")
+    return f"{name} was turned off: {call.rpartition('.')[2]} raised {raised}"
 
 
 def seconds_of(run: Callable[[], Any], budget: Budget, most: int) -> list[float]:

@@ -13,7 +13,7 @@ WIDTH = 100  # of remarks in a terminal
 def facts(report: Report) -> str:
     """A line a fact."""
     wide = max(map(len, report.facts), default=0)
-    return "\n".join(f"{name:{wide}}  {value}" for name, value in report.facts.items())
+    return "\n".join(f"{name:{wide}}  {value}" for name, value in report.lines().items())
 
 
 def table(section: Section) -> str:
@@ -34,7 +34,7 @@ def table(section: Section) -> str:
 def markdown(report: Report) -> str:
     """GitHub's dialect, narrow enough to be read unrendered too."""
     lines = ["### mlx_dgemma.check", "", f"**{_escaped(report.verdict())}**", ""]
-    lines += [f"- {name}: {_escaped(str(value))}" for name, value in report.facts.items()]
+    lines += [f"- {name}: {_escaped(value)}" for name, value in report.lines().items()]
     for section in report.sections:
         lines += ["", f"#### {_escaped(section.heading())}", ""]
         if section.rows:

@@ -26,7 +26,6 @@ from ..options import WIDEST_DRAFT
 from ..version import __version__
 
 DRAFT = "draft "
-CANVAS = "canvas"  # a denoising step; measured by `mlx_dgemma.check`
 KEPT = 9  # latest samples of a pass; their median counts
 SUSPECT = 4.0
 REFRESHED = 16  # samples after which medians are taken again
@@ -86,7 +85,7 @@ class Costs:
 
 
 class CostTable:
-    """Samples by length of context and kind of pass: "plain", "verify", CANVAS, or DRAFT and the name of a drafter.
+    """Samples by length of context and kind of pass: "plain", "verify", or DRAFT and the name of a drafter.
 
     The first pass of each kind and size in a process compiles kernels, and does not count; nor does
     one that took SUSPECT times what was to be expected, unless the next of its kind does too.

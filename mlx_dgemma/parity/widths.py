@@ -43,9 +43,10 @@ class Comparison:
     """An answer written `width` drafts a pass beside the same one written token by token."""
 
     width: int
-    tokens: int
+    tokens: int  # compared
     passes: int  # with drafts
     flips: tuple[Flip, ...]
+    is_whole: bool = True  # False: a pass raised before all tokens were compared
 
     @property
     def passed(self) -> bool:
@@ -72,29 +73,35 @@ def compare(
 ) -> Iterator[Comparison]:
     """Write an answer token by token, then with right drafts of every width in `widths`.
 
-    After a flip, the comparison goes on behind the token that plain decoding chose.
+    After a flip, the comparison goes on behind the token that plain decoding chose. What a pass
+    raises is raised on, after what was compared until then.
     """
     draws = Draws([seed], model.config.vocab_size)
     expected = [token.id for token in decode(model, prompt, config, draws)]
     for width in widths:
-        yield _compare(model, list(prompt), expected, config, draws, width)
+        yield from _compare(model, list(prompt), expected, config, draws, width)
 
 
 def _compare(
     model: DiffusionGemma, prompt: list[int], expected: list[int], config: GenerationConfig, draws: Draws, width: int
-) -> Comparison:
+) -> Iterator[Comparison]:
     flips, counts, done = [], Counts(), 0
-    while done < len(expected):
-        known = prompt + expected[:done]
-        rest = config.replace(max_new_tokens=len(expected) - done)
-        drafter, fixed = Oracle(prompt + expected), Widths(fixed=width)
-        written = decode(model, known, rest, draws, drafter=drafter, widths=fixed, counts=counts)
-        got = [token.id for token in written]
-        done += agreement(expected[done:], got)
-        if done < len(expected):
-            flips.append(_flip(model, prompt, expected, done, got[done - len(known) + len(prompt)], config, draws))
-            done += 1
-    return Comparison(width, len(expected), counts.encode_forwards, tuple(flips))
+    try:
+        while done < len(expected):
+            known = prompt + expected[:done]
+            rest = config.replace(max_new_tokens=len(expected) - done)
+            drafter, fixed = Oracle(prompt + expected), Widths(fixed=width)
+            written = decode(model, known, rest, draws, drafter=drafter, widths=fixed, counts=counts)
+            got = [token.id for token in written]
+            done += agreement(expected[done:], got)
+            if done < len(expected):
+                flips.append(_flip(model, prompt, expected, done, got[done - len(known) + len(prompt)], config, draws))
+                done += 1
+    except (Exception, KeyboardInterrupt):
+        if done:
+            yield Comparison(width, done, counts.encode_forwards, tuple(flips), is_whole=False)
+        raise
+    yield Comparison(width, len(expected), counts.encode_forwards, tuple(flips))
 
 
 def _flip(

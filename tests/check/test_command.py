@@ -1,16 +1,20 @@
 """`mlx_dgemma.check` as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from datetime import UTC, datetime
 
 import pytest
 
 from mlx_dgemma import __main__ as dispatcher
 from mlx_dgemma.check import experts, speed
-from mlx_dgemma.check.machine import shown_drafter
 from mlx_dgemma.check.plan import PLAN
+from mlx_dgemma.check.subject import Subject
 from mlx_dgemma.decoding import causal
+from mlx_dgemma.parity import bundle, check
 from tests.check.test_sections import one_bundle  # noqa: F401
 
 
@@ -30,16 +34,33 @@ def test_a_whole_report(run, tmp_path, one_bundle):  # noqa: F811
     assert [section["name"] for section in report["sections"]] == list(PLAN)
     assert all(section["state"] == "complete" and section["rows"] for section in report["sections"])
     assert {"chip", "system", "versions", "device", "model", "weights"} <= report["facts"].keys()
+    assert report["facts"]["command"] == "mlx_dgemma.check --model tiny --json r.json --markdown r.md"
+    written_at = datetime.strptime(report["facts"]["date"], "%Y-%m-%d %H:%M UTC").replace(tzinfo=UTC)
+    assert abs((datetime.now(UTC) - written_at).total_seconds()) < 600
     for section in report["sections"]:
         assert f"#### {section['title']}" in written and section["title"] in out
     assert "tiny: 3 layers" in written and str(tmp_path) not in written, "names of folders stay private"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["r.json", "r.md"]
 
 
-def test_only_some_sections(run):
-    status, out, _ = run("--only", "memory", "experts", "--device", "cpu")
+def test_only_some_sections(run, tmp_path):
+    status, out, _ = run("--only", "memory", "experts", "--device", "cpu", "--json", tmp_path / "r.json")
+    assert strict(tmp_path / "r.json")["passed"] is None, "nothing was compared with the reference"
     assert status == 0 and "Expert matmuls" in out and "Memory" in out and "Tokens per second" not in out
-    assert out.rstrip().splitlines()[-1].startswith("nothing wrong")
+    assert "\nnothing wrong" in out
+
+
+def test_nothing_is_right_that_was_not_measured(run, tmp_path):
+    status, out, _ = run("--only", "memory", "--json", tmp_path / "r.json")
+    assert status == 0 and "nothing measured" in out and "nothing wrong" not in out
+    assert strict(tmp_path / "r.json")["passed"] is None
+
+
+def test_no_bundle_at_all_fails_the_check(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "SHIPPED", tmp_path)
+    status, out, _ = run("--only", "parity", "--json", tmp_path / "r.json")
+    assert status == 1 and "FAILED: parity: no bundle was found" in out
+    assert strict(tmp_path / "r.json")["passed"] is False
 
 
 def test_another_drafter_is_timed_too(run, tmp_path):
@@ -70,6 +91,53 @@ def test_interrupted(run, tmp_path, monkeypatch):
         assert "PARTIAL REPORT (speed interrupted, experts not run, memory not run)" in text
 
 
+def test_interrupted_while_loading(run, tmp_path, monkeypatch):
+    def pressed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Subject, "load", pressed)
+    (tmp_path / "r.json").write_text("older")
+    status, out, err = run("--only", "parity", "memory", "--json", tmp_path / "r.json")
+    assert (status, err) == (130, "mlx_dgemma.check: interrupted\n") and "r.json: will be replaced" in out
+    report = strict(tmp_path / "r.json")
+    assert (report["state"], report["passed"]) == ("interrupted", None)
+    assert [section["state"] for section in report["sections"]] == 2 * ["not run"]
+    assert report["facts"]["model"] == "tiny, not loaded" and "chip" in report["facts"]
+
+
+def test_the_ratio_of_the_gpu(run, one_bundle, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("mlx_dgemma.check.subject.devices", lambda: ["gpu", "cpu"])
+    monkeypatch.setattr("mlx_dgemma.check.bundles.on", lambda device: nullcontext())
+    real, limits = check.check, []
+
+    def noted(folder, model, max_ratio):
+        limits.append(max_ratio)
+        return real(folder, model, max_ratio)
+
+    monkeypatch.setattr(check, "check", noted)
+    _, out, _ = run("--only", "parity", "--max-ratio", "16")
+    assert limits == [16.0, None] and "what passes: up to 16 on the GPU, up to 4 on the CPU" in " ".join(out.split())
+    assert "up to 4 passes" in run("--only", "parity")[1] and limits[2:] == [None, None]
+
+
+def test_what_is_no_file_is_left_alone(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("pipe", "circle"):
+        status, out, err = run("--only", "memory", "--json", tmp_path / name)
+        assert (status, out) == (2, "") and "is not a regular file" in err and err.count("\n") == 1
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "circle").is_symlink()
+
+
+def test_a_link_is_followed(run, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "r.json").symlink_to(tmp_path / "there" / "real.json")
+    assert run("--only", "memory", "--json", tmp_path / "r.json")[0] == 0
+    assert (tmp_path / "r.json").is_symlink() and strict(tmp_path / "there" / "real.json")["schema"] == 1
+    status, _, err = run("--json", tmp_path / "r.json", "--markdown", tmp_path / "there" / "real.json")
+    assert status == 2 and "both name" in err
+
+
 def test_a_drafter_that_changes_tokens_fails_the_check(run, monkeypatch, tmp_path):
     monkeypatch.setattr(causal, "agreement", lambda draft, samples: len(draft))
     status, out, _ = run("--only", "speed", "--json", tmp_path / "r.json")
@@ -81,6 +149,7 @@ def test_a_damaged_bundle_fails_the_check(run, one_bundle):  # noqa: F811
     (one_bundle / "bundle.json").write_text("{}")
     status, out, _ = run("--only", "parity")
     assert status == 1 and "FAILED: parity: bundle full on cpu" in out
+    assert str(one_bundle.parent) not in out
 
 
 def test_a_section_that_fails_keeps_its_traceback_for_debug(run, monkeypatch):
@@ -104,6 +173,10 @@ def test_a_section_that_fails_keeps_its_traceback_for_debug(run, monkeypatch):
         (["--seconds", "nan"], "--seconds must be"),
         (["--seconds", "inf"], "--seconds must be"),
         (["--seconds", "soon"], "--seconds"),
+        (["--max-ratio", "0"], "--max-ratio must be"),
+        (["--max-ratio", "-1"], "--max-ratio must be"),
+        (["--max-ratio", "nan"], "--max-ratio must be"),
+        (["--max-ratio", "inf"], "--max-ratio must be"),
         (["--device", "gpu"], "no GPU here"),
         (["--device", "tpu"], "--device"),
         (["--json", "nowhere/r.json"], "is not a folder"),
@@ -149,15 +222,11 @@ finally:
     assert done.returncode == 0 and "usage" in done.stdout and "experts" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("name", ["check", "parity"])
+def test_run_as_a_module(name):
+    done = subprocess.run([sys.executable, "-m", f"mlx_dgemma.{name}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"usage: mlx_dgemma.{name}" in done.stdout, done.stderr
+
+
 def test_the_dispatcher_knows_it():
     assert dispatcher.COMMANDS["check"][0] == "mlx_dgemma.check.command"
-
-
-def test_folders_of_drafters_stay_private(tmp_path):
-    (tmp_path / "mine").mkdir()
-    assert shown_drafter(f"block:{tmp_path}/mine") == "block:mine"
-    assert [shown_drafter(name) for name in ("lookup", "block:z-lab/x", "canvas:64x2")] == [
-        "lookup",
-        "block:z-lab/x",
-        "canvas:64x2",
-    ]

@@ -20,7 +20,7 @@ def test_json_has_no_nan_and_every_number_as_it_was():
     report = json.loads(json.dumps(filled().as_dict(), allow_nan=False))
     assert report["sections"][0]["rows"][0] == {"what": "a|b", "ms": 1.234, "same": True}
     assert report["sections"][0]["rows"][1]["ms"] is None
-    assert (report["state"], report["passed"]) == ("partial", True)
+    assert (report["state"], report["passed"]) == ("partial", None)
 
 
 def test_a_table_in_a_terminal():
@@ -51,6 +51,7 @@ def test_what_is_not_whole_says_so():
     assert cut.verdict() == "PARTIAL REPORT (costs cut short, speed not run); nothing wrong (2 s)"
     stopped = filled(INTERRUPTED)
     assert stopped.sections[0].heading() == "Costs (interrupted)" and stopped.sections[1].heading() == "Speed (not run)"
+    stopped.was_interrupted = True
     assert stopped.as_dict()["state"] == "interrupted"
     assert "PARTIAL REPORT" in text.markdown(stopped)
 
@@ -60,6 +61,16 @@ def test_faults_stand_in_the_verdict_and_beside_their_section():
     assert "FAILED: costs: bundle x parts" in report.verdict()
     assert "WRONG: bundle x parts" in text.table(report.sections[0])
     assert not report.as_dict()["passed"]
+
+
+def test_passed_needs_a_comparison_with_the_reference():
+    section = Section("parity", "Parity", COLUMNS, state=COMPLETE)
+    report = Report({}, [section], 1.0)
+    assert report.passed is None and "nothing measured" in report.verdict()
+    section.add("full", 1.0, True)
+    assert report.passed is True and "nothing wrong" in report.verdict()
+    section.faults.append("x")
+    assert report.passed is False and "FAILED" in report.verdict()
 
 
 def test_a_budget_and_its_parts(clock):

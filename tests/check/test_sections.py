@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import mlx.core as mx
 import pytest
@@ -18,6 +19,8 @@ from mlx_dgemma.decoding.width import Widths
 from mlx_dgemma.drafter.protocol import Draft
 from mlx_dgemma.layers import SORT_FROM
 from mlx_dgemma.parity import bundle, check
+
+SHIPPED = bundle.SHIPPED
 
 
 def filled(subject, name, seconds=60.0):
@@ -64,6 +67,13 @@ def test_a_damaged_bundle_is_a_fault_and_the_others_are_replayed(subject, one_bu
     assert "sha256" in section.faults[0] and len(section.faults) == 1
 
 
+def test_a_dtype_that_this_device_has_not_is_told_of(subject, one_bundle):
+    shutil.copytree(SHIPPED / "nano_bfloat16", one_bundle.parent / "nano_bfloat16")
+    section = filled(subject, "parity")
+    assert section.notes[1:] == ["nano_bfloat16: recorded in bfloat16, replayed in float32 on a CPU."]
+    assert "in the same dtype" in section.notes[0]
+
+
 def test_flips(subject):
     section = filled(subject, "flips")
     assert [(row["temperature"], row["drafts"]) for row in section.rows] == [
@@ -102,7 +112,7 @@ def test_costs_teach_the_width_policy(subject):
     assert set(passes.NARROW + passes.WIDE) <= known.verified.keys() and 16 in known.drafted
     stored = CostTable(table._path)
     assert stored.at(100, "Lookup").verified == known.verified, "kept, and read back"
-    assert any("/canvas/" in key for key in stored._samples)
+    assert not any("/canvas/" in key for key in stored._samples), "nothing reads them"
     widths = Widths(table)
     widths.drafter = "Lookup"
     assert widths._costs(100) is known
@@ -154,15 +164,58 @@ def test_a_near_tie_is_none(subject, monkeypatch):
     assert not section.faults and any("ties" in str(row["same"]) for row in section.rows)
 
 
-def test_a_drafter_that_fails_is_told_of(subject):
+@pytest.mark.parametrize("name", ["costs", "speed"])
+def test_a_drafter_that_fails_is_a_fault(subject, name):
     class Broken(Liar):
+        name = "block:/opt/secret/mine/None"
+
         def propose(self, context, width):
             raise RuntimeError("no memory left")
 
-    subject.drafters = {"broken": Broken()}
+    subject.drafters = {"block:mine": Broken()}
+    section = filled(subject, name)
+    assert section.faults == ["block:mine was turned off: propose raised RuntimeError: no memory left"]
+    assert section.state == COMPLETE and not section.missing
+    blank = {"costs": ("ms", "steps", "samples"), "speed": ("rate", "gain", "per_pass", "accepted", "same")}[name]
+    (row,) = (row for row in section.rows if "block:mine" in f"{row.get('pass')} {row.get('drafter')}")
+    assert all(row[key] is None for key in blank)
+
+
+def answer(tokens, is_whole):
+    return speed.Answer(tokens, 1.0, 1, None, 0, is_whole)
+
+
+@pytest.mark.parametrize(
+    ("plain", "drafted", "same"),
+    [
+        (answer([5, 6, 7], True), answer([5, 6, 7], True), True),
+        (answer([5, 6, 7], True), answer([5, 6], True), False),
+        (answer([5, 6], True), answer([5, 6, 7], True), False),
+        (answer([5, 6, 7], True), answer([5, 6], False), True),
+        (answer([5, 6], True), answer([5, 6, 7], False), False),
+        (answer([5, 6], False), answer([5, 6, 7], True), True),
+        (answer([5, 6, 7], False), answer([5, 6], True), False),
+        (answer([5, 6], False), answer([5, 6, 7], False), True),
+    ],
+)
+def test_only_what_was_cut_may_be_shorter(subject, plain, drafted, same):
+    said = speed._difference(subject, "edit", plain, drafted)
+    assert said == (
+        speed.SAME if same else f"the length of edit: {len(drafted.tokens)} tokens, not {len(plain.tokens)}"
+    )
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_a_drafter_that_truncates_answers_is_a_fault(subject, monkeypatch, length):
+    """Also where the loop does not say why the answer has ended."""
+    real = speed._events
+
+    def truncated(subject, way, *args):
+        yield from islice(real(subject, way, *args), length if way.name == "lookup" else None)
+
+    monkeypatch.setattr(speed, "_events", truncated)
     section = filled(subject, "speed")
-    assert any("broken was turned off" in note and "no memory left" in note for note in section.notes)
-    assert not section.faults
+    assert section.faults and all("lookup" in fault and "the length of" in fault for fault in section.faults)
 
 
 def test_experts(subject):

@@ -5,9 +5,12 @@ import time
 
 import pytest
 
-from mlx_dgemma.check import bundles, plan
+from mlx_dgemma.check import bundles, flips, plan
 from mlx_dgemma.check.budget import Budget
 from mlx_dgemma.check.report import COMPLETE, CUT
+from mlx_dgemma.decoding import causal
+from mlx_dgemma.decoding.costs import KEPT
+from mlx_dgemma.drafter.protocol import Draft
 
 SLOW = ("flips", "costs", "speed", "experts", "memory")
 
@@ -43,10 +46,44 @@ def test_what_there_was_time_for_is_kept(subject, clock, every_pass):
     assert all(row["same"] in (None, "yes") for row in section.rows), "what was cut is compared as far as it goes"
 
 
+def test_a_fault_that_was_seen_before_the_cut_is_one(subject, clock, every_pass, monkeypatch):
+    """Wrong drafts are all accepted; time is over in the middle of the first width."""
+    monkeypatch.setattr(causal, "agreement", lambda draft, samples: len(draft))
+    wrong = lambda self, context, width: Draft([7] * width)  # noqa: E731
+    monkeypatch.setattr(flips.widths.Oracle, "propose", wrong)
+    monkeypatch.setattr(flips, "_affordable", lambda subject, budget: flips.LONGEST)
+
+    def tick():
+        clock.now += 1.0
+
+    every_pass(tick)
+    (section,) = plan.sections(["flips"])
+    plan.fill(subject, [section], Budget(60.0, clock), lambda section: None)
+    assert section.state == CUT and section.faults
+    assert section.rows[0]["verdict"] == "FAULT" and section.rows[0]["tokens"] < flips.LONGEST
+    assert section.missing[0] == "1 drafts a pass at temperature 0"
+
+
+def test_a_canvas_step_is_one_pass(subject, clock, every_pass, monkeypatch):
+    """Also where canvases have two steps each, the first of which does not count."""
+
+    def tick():
+        clock.now += 1.0
+
+    every_pass(tick)
+    for most in (2, 4):
+        config = subject.model.generation_config.replace(max_denoising_steps=most)
+        monkeypatch.setattr(subject.model, "generation_config", config)
+        (section,) = plan.sections(["costs"])
+        plan.fill(subject, [section], Budget(1000.0, clock), lambda section: None)
+        (row,) = (row for row in section.rows if row["pass"] == "canvas step")
+        assert (row["ms"], row["samples"]) == (1000.0, KEPT)
+
+
 def test_slow_bundles(subject, clock, monkeypatch):
-    def slow(folder):
+    def slow(*args):
         clock.now += 8.0
-        return real(folder)
+        return real(*args)
 
     folders = dict.fromkeys(list(bundles.shipped())[:3], 1)
     real = bundles.check.check
@@ -64,9 +101,9 @@ def test_a_bundle_that_would_take_too_long_is_not_begun(subject, clock, monkeypa
     monkeypatch.setattr(bundles, "shipped", lambda: {a: 10, b: 1000})
     real = bundles.check.check
 
-    def slow(folder):
+    def slow(*args):
         clock.now += 0.1
-        return real(folder)
+        return real(*args)
 
     monkeypatch.setattr(bundles.check, "check", slow)
     (section,) = plan.sections(["parity"])

@@ -1,0 +1,5 @@
+"""`python -m mlx_dgemma.check`."""
+
+from .command import main
+
+main()

@@ -1,0 +1,5 @@
+"""`python -m mlx_dgemma.parity`."""
+
+from .command import main
+
+main()
