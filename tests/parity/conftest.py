@@ -1,10 +1,12 @@
+from functools import cache
+
 import mlx.core as mx
 import pytest
 
 from mlx_dgemma.loading import EMBEDDED, load_model
 from mlx_dgemma.parity import bundle as bundles
 from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
-from mlx_dgemma.parity.check import Report, judge
+from mlx_dgemma.parity.check import Report, check, judge
 
 
 class Replay:
@@ -17,6 +19,12 @@ class Replay:
 
     def judge(self) -> Report:
         return judge(self.bundle, self.model)
+
+
+@pytest.fixture(scope="session")
+def report():
+    """Name of a committed bundle -> what `check` says of it, replayed once."""
+    return cache(lambda name: check(BUNDLES / name))
 
 
 @pytest.fixture

@@ -11,27 +11,24 @@ from mlx_dgemma.errors import InputError, UsageError
 from mlx_dgemma.folders import new_folder
 from mlx_dgemma.parity import bundle as bundles
 from mlx_dgemma.parity.bundle import SHIPPED as BUNDLES
-from mlx_dgemma.parity.check import MAX_RATIO, Agreement, Count, Measure, check, measures
-from mlx_dgemma.parity.replay import walk
+from mlx_dgemma.parity.check import MAX_RATIO, Agreement, Count, Measure, check
 from mlx_dgemma.parity.shapes import SHAPES, shape
 
 NAMES = sorted(path.name for path in BUNDLES.iterdir())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_port_repeats_the_reference(name):
-    report = check(BUNDLES / name)
-    assert report.passed, report.table()
+def test_the_port_repeats_the_reference(report, name):
+    assert report(name).passed, report(name).table()
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_by_root_mean_square_it_holds_against_the_one_recorded_run_too(replay, name):
+def test_by_root_mean_square_it_holds_against_the_one_recorded_run_too(report, name):
     """The floor of a bundle is the largest of several float32 runs. The worst entry of a single run is a
     matter of luck (on `long` a lucky one makes it 4.8); its root mean square needs no such allowance."""
-    recorded = replay(name)
-    got = walk(recorded.model, recorded.bundle)
-    for measure in measures(recorded.bundle, got):
-        own = recorded.bundle.floor_of_one_run(measure.name)
+    recorded = bundles.read(BUNDLES / name)
+    for measure in report(name).measures:
+        own = recorded.floor_of_one_run(measure.name)
         assert measure.got.rms <= MAX_RATIO * own.rms, measure.name
 
 
@@ -79,8 +76,8 @@ def test_noise_is_recorded_beside_the_floor(name):
     assert max(error.max for error in noise.values()) > 0
 
 
-def test_in_bfloat16_decisions_are_reported_beside_the_references_own(replay):
-    report = replay("nano_bfloat16").judge()
+def test_in_bfloat16_decisions_are_reported_beside_the_references_own(report):
+    report = report("nano_bfloat16")
     assert report.passed and not report.counts and "replayed in float32" in report.table()
     assert {entry.own for entry in report.agreements} > {None}, "some are judged, some cannot be"
     best = next(entry for entry in report.agreements if entry.name == "steps: best")
