@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint import Checkpoint, TensorInfo, save
 from ..config import read_json
 from ..errors import InputError
 from ..loading import EMBEDDED, NANO, resolve
@@ -125,9 +125,6 @@ def write_into(network: BlockNetwork, folder: Path, dtype: mx.Dtype = mx.bfloat1
     if any(isinstance(module, nn.QuantizedLinear) for module in network.modules()):
         raise ValueError("a quantised drafter cannot be written; its floats are gone")
     arrays = {path: array.astype(dtype) for path, array in tree_flatten(network.parameters())}
-    try:
-        mx.save_safetensors(str(folder / "model.safetensors"), arrays, {"format": "pt"})
-    except RuntimeError as error:  # MLX's word for a disk that is full
-        raise OSError(str(error)) from None
+    save(folder / "model.safetensors", arrays, {"format": "pt"})
     config = as_json(network.config) | {"dtype": str(dtype).removeprefix("mlx.core.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

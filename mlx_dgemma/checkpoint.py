@@ -142,3 +142,11 @@ def _in_order(path: Path, header: dict[str, Any], start: int) -> list[TensorInfo
         infos.append(info)
         end += info.nbytes
     return infos
+
+
+def save(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. Raises OSError, also where MLX calls a full disk a RuntimeError."""
+    try:
+        mx.save_safetensors(str(path), dict(arrays), dict(metadata))
+    except RuntimeError as error:
+        raise OSError(str(error)) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -40,3 +41,14 @@ def run_command(
         sys.exit(INTERRUPTED)
     if status:
         sys.exit(status)
+
+
+def use_device(name: str | None) -> None:
+    """Run on this device, None: the default one, float32 meaning float32. Raises UsageError if it is not there."""
+    os.environ["MLX_ENABLE_TF32"] = "0"  # read when MLX first multiplies
+    import mlx.core as mx
+
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise UsageError("--device gpu: MLX has no GPU here; use --device cpu")
+    if name:
+        mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)

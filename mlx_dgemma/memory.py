@@ -60,6 +60,11 @@ def machine_memory() -> int:
         for key in ("memory_size", "total_memory"):
             if key in info:
                 return int(info[key])
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of memory that the processor has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

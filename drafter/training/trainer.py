@@ -26,6 +26,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 
+from ...checkpoint import save
 from ...errors import InputError
 from ...memory import GB
 from ...model import DiffusionGemma
@@ -268,7 +269,7 @@ class Trainer:
         arrays = {f"network.{path}": array for path, array in tree_flatten(self.network.parameters())}
         arrays |= {f"optimizer.{path}": array for path, array in tree_flatten(self._optimizer.state)}
         metadata = {"progress": json.dumps(vars(self.progress), allow_nan=False)}
-        write_atomically(self._state, lambda path: mx.save_safetensors(str(path), arrays, metadata))
+        write_atomically(self._state, lambda path: save(path, arrays, metadata))
 
     def _load(self) -> None:
         def part(name: str) -> Any:

@@ -124,10 +124,7 @@ def changes_in_words(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file that replaces `path` when it is whole and on disk."""
     new = path.with_name("new-" + path.name)
-    try:
-        write(new)
-    except RuntimeError as error:  # MLX's word for a disk that is full
-        raise OSError(str(error)) from None
+    write(new)
     sync(new)
     os.replace(new, path)
     sync(path.parent)

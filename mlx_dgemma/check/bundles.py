@@ -44,7 +44,7 @@ def measure(subject: Subject, section: Section, budget: Budget) -> None:
             try:
                 with on(device):
                     report = check.check(folder, None, _max_ratio(subject, device))
-                    section.notes += _dtypes(folder, device)
+                section.notes += _dtypes(folder, report, device)
                 found = (report.worst_ratio, report.passed, report.first_failure)
                 wrong = f"parts from the reference at {report.first_failure}"
             except (InputError, RuntimeError) as error:  # damaged; a kernel that this device lacks
@@ -69,11 +69,10 @@ def _limits(subject: Subject) -> str:
     return "what passes: " + ", ".join(f"up to {limit} on the {device.upper()}" for device, limit in limits.items())
 
 
-def _dtypes(folder: Path, device: str) -> list[str]:
-    """A note, if the current device replays the bundle in another dtype than it was recorded in."""
-    recorded = bundle.read(folder)
-    replayed, dtype = str(check.replay_dtype(recorded)).removeprefix("mlx.core."), recorded.facts["dtype"]
-    return [f"{folder.name}: recorded in {dtype}, replayed in {replayed} on a {device.upper()}."] * (replayed != dtype)
+def _dtypes(folder: Path, report: check.Report, device: str) -> list[str]:
+    """A note, if the bundle was replayed in another dtype than it was recorded in."""
+    note = f"{folder.name}: recorded in {report.recorded}, replayed in {report.replayed} on a {device.upper()}."
+    return [note] if report.replayed != report.recorded else []
 
 
 def _expected(folder: Path, took: dict[Path, float], lengths: dict[Path, int]) -> float:

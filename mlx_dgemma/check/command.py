@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..command import FAILED, Parser, run_command
+from ..command import FAILED, Parser, run_command, use_device
 from ..drafter import check as check_drafter
 from ..errors import InputError, UsageError
 from . import plan, text
@@ -59,7 +59,7 @@ def argument_parser() -> argparse.ArgumentParser:
 def _command(args: argparse.Namespace, typed: Sequence[str]) -> int:
     names, files, model = _names(args.only), _files(args), shown_name(args.model)
     _require_sound(args)
-    _use_device(args.device)
+    use_device(args.device)
     print(f"mlx_dgemma.check: {', '.join(names)}; {args.seconds:g} s at most after loading {model}", flush=True)
     known = {"command": f"mlx_dgemma.check {shown_command(typed)}".rstrip(), "model": f"{model}, not loaded"}
     report = _begun(known, names, args.seconds)
@@ -153,17 +153,6 @@ def _names(only: Sequence[str] | None) -> list[str]:
     if wrong is not None:
         raise UsageError(f"--only: there is no section {wrong!r}; there are {', '.join(plan.PLAN)}")
     return [name for name in plan.PLAN if only is None or name in only]
-
-
-def _use_device(name: str | None) -> None:
-    """Run on this device, float32 meaning float32."""
-    os.environ["MLX_ENABLE_TF32"] = "0"  # read when MLX first multiplies
-    import mlx.core as mx
-
-    if name == "gpu" and not mx.is_available(mx.gpu):
-        raise UsageError("--device gpu: MLX has no GPU here; use --device cpu")
-    if name:
-        mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
 
 
 def _require_place(path: Path) -> None:

@@ -51,6 +51,7 @@ WHOLE_VOCABULARY = 4096  # up to this size the logits of all ids are kept
 COLUMNS = 1024  # beyond it, those of so many fixed ids
 TOP = 64  # likeliest ids whose logits are kept beside them
 SPREAD = 64  # rows at which they are
+ROWS_AT_ONCE = 64  # positions whose whole logits are looked at together
 JUDGED = ("layer", "norm", "logits", "top", "logsumexp", "soft", "entropy", "peak")
 FACTS = ("model", "checkpoint", "device", "dtype", "config", "sampling", "canvases", "columns", "agreement", "floors")
 ARRAYS = (
@@ -155,6 +156,11 @@ def spread_rows(length: int) -> list[int]:
     """Up to `SPREAD` positions of a pass, evenly from the first to the last."""
     count = min(length, SPREAD)
     return [index * (length - 1) // max(1, count - 1) for index in range(count)]
+
+
+def tiles(length: int) -> list[list[int]]:
+    """The positions of a pass, as many at once as may be."""
+    return [list(range(first, min(length, first + ROWS_AT_ONCE))) for first in range(0, length, ROWS_AT_ONCE)]
 
 
 def is_judged(name: str) -> bool:

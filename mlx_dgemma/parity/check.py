@@ -95,11 +95,17 @@ class Agreement:
 
 @dataclass
 class Report:
+    """Attributes:
+    recorded, replayed: dtypes.
+    """
+
     name: str
     measures: list[Measure] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     max_ratio: float | None = None
+    recorded: str = ""
+    replayed: str = ""
 
     @property
     def passed(self) -> bool:
@@ -224,9 +230,8 @@ def judge(bundle: Bundle, model: DiffusionGemma, max_ratio: float | None = None)
     """Levels 2, 3 and 4 of a bundle."""
     facts, dtype = bundle.facts, str(model.dtype).removeprefix("mlx.core.")
     recorded = f"recorded in {facts['dtype']} on {facts['device']}"
-    report = Report(
-        f"{bundle.folder.name}: {facts['model']}, {recorded}, replayed in {dtype} on {_device()}", max_ratio=max_ratio
-    )
+    title = f"{bundle.folder.name}: {facts['model']}, {recorded}, replayed in {dtype} on {_device()}"
+    report = Report(title, max_ratio=max_ratio, recorded=facts["dtype"], replayed=dtype)
     got = replay.walk(model, bundle)
     report.measures, limit = measures(bundle, got, max_ratio), limit_of(max_ratio)
     counts = [*_routers(bundle, got), *_decisions(bundle, got, limit), *_next_tokens(bundle, got, limit)]

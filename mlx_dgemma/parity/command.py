@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..command import Parser, run_command
+from ..command import Parser, run_command, use_device
 from ..errors import InputError, UsageError
 from ..options import check_limits
 
@@ -138,7 +137,7 @@ def _tiny_shape(args: argparse.Namespace) -> Shape:
 def _check(args: argparse.Namespace) -> int:
     if args.max_ratio is not None and not 0 < args.max_ratio < math.inf:
         raise UsageError(f"--max-ratio must be a number above 0, not {args.max_ratio:g}")
-    _use_device(args.device)
+    use_device(args.device)
     from .check import check
     from .compare import compare, is_quantised
 
@@ -161,7 +160,7 @@ def _check(args: argparse.Namespace) -> int:
 def _widths(args: argparse.Namespace) -> int:
     for width in args.widths:
         check_limits(args.max_tokens, None, args.seed, "oracle", width)
-    _use_device(args.device)
+    use_device(args.device)
     from ..decoding.prefill import check_prompt
     from ..loading import load
     from ..prompt import encode_prompt
@@ -181,14 +180,3 @@ def _widths(args: argparse.Namespace) -> int:
     if faults:
         raise InputError(f"not the same tokens, and no rounding explains it: {'; '.join(faults)}")
     return 0
-
-
-def _use_device(name: str | None) -> None:
-    """Run on this device, float32 meaning float32."""
-    os.environ["MLX_ENABLE_TF32"] = "0"  # read when MLX first multiplies
-    import mlx.core as mx
-
-    if name == "gpu" and not mx.is_available(mx.gpu):
-        raise UsageError("--device gpu: MLX has no GPU here; use --device cpu")
-    if name:
-        mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)

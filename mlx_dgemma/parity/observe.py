@@ -16,8 +16,6 @@ from ..config import GenerationConfig
 from . import bundle
 from .reference import DynamicCache, Reference, Run, Story, generation, torch
 
-ROWS_AT_ONCE = 64  # positions whose whole logits are looked at together
-
 Rows = Callable[[int], list[int]]  # of a pass of so many positions, those that are kept
 Logits = Callable[[list[int]], torch.Tensor]  # rows -> (B, rows, V)
 
@@ -117,7 +115,7 @@ def _processed(logits: torch.Tensor, sampling: GenerationConfig, number: int) ->
 
 def _decisive(z: torch.Tensor, sampling: GenerationConfig) -> dict[str, torch.Tensor]:
     """What decisions rest on, how far each is from turning, and what they are: all (B, C)."""
-    tiles = z.split(ROWS_AT_ONCE, dim=1)
+    tiles = z.split(bundle.ROWS_AT_ONCE, dim=1)
     entropy = torch.cat([torch.distributions.Categorical(logits=rows).entropy() for rows in tiles], dim=1)
     values = torch.cat([rows.topk(2, dim=-1).values for rows in tiles], dim=1)
     ascending, order = entropy.sort(dim=-1)
@@ -183,8 +181,8 @@ class _Observer:
 
     def keep_choice(self, length: int, of: Logits) -> None:
         """The likeliest next token at every position, and by how much it is."""
-        for first in range(0, length, ROWS_AT_ONCE):
-            logits = of(list(range(first, min(length, first + ROWS_AT_ONCE))))
+        for rows in bundle.tiles(length):
+            logits = of(rows)
             values = logits.topk(2, dim=-1).values
             self._append("best", logits.argmax(dim=-1))
             self._append("gap", values[..., 0] - values[..., 1])

@@ -13,11 +13,9 @@ from ..config import GenerationConfig
 from ..decoding import diffusion
 from ..draws import Draws, RecordedDraws, RecordedToken, TokenDraw
 from ..model import DiffusionGemma
-from .bundle import DETAILED, Bundle, kept_rows, spread_rows
+from .bundle import DETAILED, Bundle, kept_rows, spread_rows, tiles
 from .listening import Heard, listening
 from .verification import verify
-
-ROWS_AT_ONCE = 64  # positions whose whole logits are looked at together
 
 Quantities = dict[str, np.ndarray]
 Logits = Callable[[list[int]], mx.array]  # rows of a pass -> (B, rows, V)
@@ -68,7 +66,7 @@ def _decisions(
 
 
 def _peak(of: Logits, length: int, heat: float) -> mx.array:
-    return mx.concatenate([(of(rows) / heat).max(axis=-1) for rows in _tiles(length)], axis=1)
+    return mx.concatenate([(of(rows) / heat).max(axis=-1) for rows in tiles(length)], axis=1)
 
 
 def _text(model: DiffusionGemma, bundle: Bundle) -> Quantities:
@@ -76,7 +74,7 @@ def _text(model: DiffusionGemma, bundle: Bundle) -> Quantities:
     with listening(model) as heard:
         hidden = model.encode(mx.array(text), model.make_cache())
     of = _logits(model, hidden)
-    best = [np.array(of(rows).argmax(axis=-1)) for rows in _tiles(text.shape[1])]
+    best = [np.array(of(rows).argmax(axis=-1)) for rows in tiles(text.shape[1])]
     return _kept(bundle, "ar", heard, of) | {"ar/best": np.concatenate(best, axis=1)}
 
 
@@ -95,11 +93,6 @@ def _verification(model: DiffusionGemma, bundle: Bundle) -> Quantities:
 
 def _logits(model: DiffusionGemma, hidden: mx.array) -> Logits:
     return lambda rows: model.logits(hidden[:, mx.array(rows)])
-
-
-def _tiles(length: int) -> list[list[int]]:
-    """The positions of a pass, as many at once as may be."""
-    return [list(range(first, min(length, first + ROWS_AT_ONCE))) for first in range(0, length, ROWS_AT_ONCE)]
 
 
 def _kept(bundle: Bundle, name: str, heard: Heard, of: Logits, rows: range | None = None) -> Quantities:

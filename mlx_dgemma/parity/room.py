@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..errors import InputError
-from ..memory import GB
+from ..memory import GB, host_memory
 
 ITEM = {"float32": 4, "bfloat16": 2, "float64": 4}  # bytes of a weight; the truth is widened from float32
 BESIDE_MODEL = 1_000_000_000  # bytes that activations, caches and logits may take
@@ -45,7 +44,3 @@ def require_room(folder: Path, dtype: str, device: int | None) -> None:
                 f"{folder}: recording in {dtype} needs {needed / GB:.1f} GB of {place}, "
                 f"this machine has {there / GB:.1f} GB; take a larger one{smaller}"
             )
-
-
-def host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
