@@ -152,20 +152,30 @@ def test_nanos_answers_are_mlx_lms(nano, tmp_path):
         assert_same_text(got, expected, causal(ours), prompt, TIE)
 
 
-MLX_LM = "import mlx.core as mx; mx.disable_compile(); from mlx_lm.generate import main; main()"
+MLX_LM = """
+import json, sys
+import mlx.core as mx
+from mlx_lm.generate import main
+mx.disable_compile()
+for sys.argv[1:] in json.loads(sys.argv[1]):
+    main()
+"""
 
 
-@pytest.mark.parametrize("prompt", ["json name=Ann age=31 city=Oslo", "json name=Bob age=44 city=Rome"])
-def test_the_command_of_mlx_lm_writes_our_greedy_answer(prompt, nano, tmp_path):
+def test_the_command_of_mlx_lm_writes_our_greedy_answer(nano, tmp_path):
     """As the card says it: mlx_lm lets models think where their template can, ours does not."""
     quantised = conversion.convert(EMBEDDED, tmp_path / "q", quant_recipe="default", dtype="float32", progress=False)
     write_gemma4(quantised, tmp_path / "out")
     said = re.search(r"--chat-template-config '(.+?)'", (tmp_path / "out" / "README.md").read_text())[1]
-    argv = ["--model", tmp_path / "out", "--prompt", prompt, "--temp", "0", "--chat-template-config", said]
-    done = subprocess.run([sys.executable, "-c", MLX_LM, *map(str, argv)], capture_output=True, text=True)
+    argv = ["--model", str(tmp_path / "out"), "--temp", "0", "--chat-template-config", said, "--prompt"]
+    prompts = ["json name=Ann age=31 city=Oslo", "json name=Bob age=44 city=Rome"]
+    runs = json.dumps([[*argv, prompt] for prompt in prompts])
+    done = subprocess.run([sys.executable, "-c", MLX_LM, runs], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    answer = generate(load_model(quantised), nano[1], prompt, mode="ar", temperature=0.0)
-    assert answer and f"==========\n{answer}\n==========" in done.stdout
+    model = load_model(quantised)
+    answers = [generate(model, nano[1], prompt, mode="ar", temperature=0.0) for prompt in prompts]
+    assert all(answers) and answers[0] != answers[1]
+    assert re.findall(r"={10}\n(.*?)\n={10}\n", done.stdout, re.DOTALL) == answers
 
 
 def test_a_parting_that_is_no_tie_is_seen(pair):

@@ -94,27 +94,41 @@ def naive(model, prompt, config, seed) -> list[int]:
     return text[len(prompt) :]
 
 
-_plain: dict = {}
+_known: dict = {}
+
+
+def once(model, key, make: Callable):
+    """What `make` gives, for this model and key called once; the model is kept, so that its id stays its own."""
+    key = (id(model), key)
+    if key not in _known:
+        _known[key] = model, make()
+    return _known[key][1]
 
 
 def plain(model, prompt, config=GREEDY, seed=0) -> Run:
-    """The answer without a drafter, computed once."""
-    key = (id(model), tuple(prompt), repr(config), seed)
-    if key not in _plain:
-        _plain[key] = run(model, prompt, config, seed)
-    return _plain[key]
+    """The answer without a drafter."""
+    return once(model, ("plain", *prompt, repr(config), seed), lambda: run(model, prompt, config, seed))
+
+
+def behind(model, cache, last) -> list[mx.array]:
+    """What a token and a canvas become behind a cache."""
+    return [model.encode(mx.array([last]), cache), model.denoise_hidden(mx.arange(12)[None], cache)]
+
+
+def behind_afresh(model, text) -> list[mx.array]:
+    cache = model.make_cache()
+    prefill(model, text[:-1], cache)
+    out = behind(model, cache, text[-1:])
+    mx.eval(out)
+    return out
 
 
 def assert_cache_holds_all_but_the_last(model, cache, text):
     """By length, and by what comes of going on from it: in ar mode, and with a canvas."""
     assert cache.length == len(text) - 1
-    fresh = model.make_cache()
-    prefill(model, text[:-1], fresh)
-    here, there = (model.encode(mx.array([text[-1:]]), rows) for rows in (cache, fresh))
-    assert mx.allclose(here, there, rtol=1e-4, atol=1e-4)
-    canvas = mx.arange(12)[None]
-    here, there = (model.denoise_hidden(canvas, rows) for rows in (cache, fresh))
-    assert mx.allclose(here, there, rtol=1e-4, atol=1e-4)
+    expected = once(model, ("behind", *text), lambda: behind_afresh(model, text))
+    for here, there in zip(behind(model, cache, text[-1:]), expected, strict=True):
+        assert mx.allclose(here, there, rtol=1e-4, atol=1e-4)
 
 
 def assert_lossless(model, drafter, prompt, config, seed=0, **options) -> Run:
