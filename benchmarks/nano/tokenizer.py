@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .example import Example
+
 # Gemma's ids for pad, eos, bos, unk and mask; the rest follow.
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>"]
 SPECIAL += ["<|image>", "<|image|>", "<image|>"]
+
+TURN_END = "<turn|>"
 
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
@@ -56,7 +60,7 @@ def build(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        eos_token="<turn|>",
+        eos_token=TURN_END,
         bos_token="<bos>",
         unk_token="<unk>",
         mask_token="<mask>",
@@ -64,3 +68,12 @@ def build(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def texts(examples: Iterable[Example]) -> Iterator[str]:
+    """All that is said in examples: what a tokenizer is trained on."""
+    for example in examples:
+        yield from (message["content"] for message in example.messages)
+        yield example.answer
+        if example.thought is not None:
+            yield example.thought

@@ -1,0 +1,73 @@
+"""Examples as rows of ids, and batches of them, each row with one random block of its answer as the canvas."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+WIDTHS = (96, 160, 256, 512)  # rows of about one length share a batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ids of a prompt and of its answer, the end of turn included."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows, padded on the right to L, and one canvas of C positions of each.
+
+    text (B, L): prompt and answer. answered (B, L): where the answer stands. before (B): how many ids stand
+    before the canvas. canvas (B, C): the block of the answer, padded behind its end.
+    """
+
+    text: torch.Tensor
+    answered: torch.Tensor
+    before: torch.Tensor
+    canvas: torch.Tensor
+
+    def to(self, device: str) -> Batch:
+        return Batch(*(value.to(device) for value in (self.text, self.answered, self.before, self.canvas)))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, end: int, messages: list, answer: str, thought: str | None) -> Row:
+    """What the chat template makes of a conversation; a thought stands in its channel, before the answer."""
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=thought is not None, return_dict=False
+    )
+    said = answer if thought is None else f"<|channel>thought\n{thought}<channel|>{answer}"
+    return Row(prompt, [*tokenizer(said, add_special_tokens=False).input_ids, end])
+
+
+def batches(rows: Iterable[Row], size: int, canvas: int, pad: int, seed: int) -> Iterator[Batch]:
+    """Batches of `size` rows of the narrowest width and of as many positions in the wider ones."""
+    rng = random.Random(seed)
+    waiting: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        width = next((width for width in WIDTHS if len(row) <= width), -(-len(row) // WIDTHS[-1]) * WIDTHS[-1])
+        waiting[width].append(row)
+        if len(waiting[width]) == max(1, size * (WIDTHS[0] + canvas) // (width + canvas)):
+            yield collate(waiting.pop(width), width, canvas, pad, rng)
+
+
+def collate(rows: list[Row], width: int, canvas: int, pad: int, rng: random.Random) -> Batch:
+    text, answered, before, blocks = [], [], [], []
+    for row in rows:
+        start = rng.randrange(-(-len(row.answer) // canvas)) * canvas
+        block = row.answer[start : start + canvas]
+        text.append([*row.prompt, *row.answer] + [pad] * (width - len(row)))
+        answered.append([len(row.prompt) <= place < len(row) for place in range(width)])
+        before.append(len(row.prompt) + start)
+        blocks.append(block + [pad] * (canvas - len(block)))
+    return Batch(*map(torch.tensor, (text, answered, before, blocks)))
