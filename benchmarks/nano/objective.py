@@ -39,10 +39,12 @@ def losses(
     """
     hidden, cache = read(model, batch.text)
     canvas, noise = batch.canvas, Noise(batch, model.config.text_config.vocab_size, generator)
-    count = int(len(canvas) * fed)  # rows come in random order: the first ones are fed
+    # rows come in random order: the first ones are fed
+    count = int(len(canvas) * fed + torch.rand(1, generator=generator).item())
     previous = torch.zeros(*canvas.shape, noise.vocab_size, device=canvas.device)
-    with torch.no_grad():
-        raw = denoise(model, noise.canvas[:count], batch.before[:count], first_rows(cache, count))
+    if count:
+        with torch.no_grad():
+            raw = denoise(model, noise.canvas[:count], batch.before[:count], first_rows(cache, count))
         previous[:count] = raw / noise.temperature[:count]
     is_fed = torch.arange(len(canvas), device=canvas.device) < count
     logits = denoise(model, noise.canvas, batch.before, cache, previous, is_fed)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase
 
     from .rows import Row
+    from .trainer import Plan
 
 TOKENIZER_SAMPLE = 20_000  # examples
 VOCAB_SIZE = 1024
@@ -41,30 +42,35 @@ def _command(args: argparse.Namespace) -> None:
 
     from .faster import faster_layers
     from .rows import batches
-    from .trainer import STATE, Plan, Trainer
+    from .trainer import STATE, Trainer
 
     _require_sound(args)
     torch.manual_seed(args.seed)
     model, tokenizer = _initial(args)
     if model.config.text_config.num_experts <= FEW_EXPERTS:
         faster_layers(model)
-    plan = Plan(
+    rows = _rows(args, tokenizer)
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model.to(args.device), tokenizer, _plan(args), args.out, args.device)
+    if (args.out / STATE).exists():
+        trainer.resume()
+    seed = args.seed * 1_000_003 + trainer.step  # a training that goes on meets new examples
+    canvas, pad = model.config.canvas_length, model.generation_config.pad_token_id
+    trainer.run(batches(rows(seed), args.batch, canvas, pad, seed), args.minutes * 60, args.save_every)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from .trainer import Plan
+
+    return Plan(
         steps=args.steps,
-        decay=args.decay if args.decay is not None else args.steps // 4,
+        decay=args.steps // 4 if args.decay is None else args.decay,
         lr=args.lr,
         matrix_lr=args.matrix_lr,
         self_conditioning=args.self_conditioning,
         freeze=tuple(args.freeze),
         seed=args.seed,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model.to(args.device), tokenizer, plan, args.out, args.device)
-    if (args.out / STATE).exists():
-        trainer.resume()
-    # a training that goes on meets new examples
-    rows = _rows(args, tokenizer, model, args.seed * 1_000_003 + trainer.step)
-    canvas, pad = model.config.canvas_length, model.generation_config.pad_token_id
-    trainer.run(batches(rows, args.batch, canvas, pad, args.seed + trainer.step), args.minutes * 60, args.save_every)
 
 
 def _require_sound(args: argparse.Namespace) -> None:
@@ -80,11 +86,17 @@ def _initial(args: argparse.Namespace) -> tuple[DiffusionGemmaForBlockDiffusion,
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
-    if args.init is None:
-        return _random_nano(args.seed)
     from mlx_dgemma.loading import resolve
 
-    folder, dtype = resolve(args.init), getattr(torch, args.dtype)
+    from .trainer import STATE
+
+    if (args.out / STATE).exists():
+        folder = args.out  # one begun before, whose weights are in its state
+    elif args.init is not None:
+        folder = resolve(args.init)
+    else:
+        return _random_nano(args.seed)
+    dtype = getattr(torch, args.dtype)
     return DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
 
 
@@ -102,10 +114,8 @@ def _random_nano(seed: int) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrained
     return model, tokenizer
 
 
-def _rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, model: DiffusionGemmaForBlockDiffusion, seed: int
-) -> Iterator[Row]:
-    """Endless rows of nano's tasks or of the user's own data."""
+def _rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Iterator[Row]]:
+    """By seed: endless rows of nano's tasks or of the user's own data."""
     from .rows import encode
     from .tokenizer import TURN_END
 
@@ -113,10 +123,13 @@ def _rows(
     if args.data is not None:
         from .own import endless, read
 
-        yield from endless(read(args.data, tokenizer, end), seed)
+        own = read(args.data, tokenizer, end)
+        return lambda seed: endless(own, seed)
     shares = args.shares or {name: TASKS[name].share for name in tasks_to(args.rung)}
-    for example in training_stream(seed, shares):
-        yield encode(tokenizer, end, example.messages, example.answer, example.thought)
+    return lambda seed: (
+        encode(tokenizer, end, example.messages, example.answer, example.thought)
+        for example in training_stream(seed, shares)
+    )
 
 
 def parse_shares(text: str) -> dict[str, float]:

@@ -17,8 +17,8 @@ from ..example import Example
 GRAMMAR: dict[str, list[tuple[float, str]]] = {
     "story": [(1.0, "<opening> <rest>")],
     "opening": [
-        (0.6, "Once a <adjective> <animal> lived <place>."),
-        (0.4, "There was a <adjective> <animal> <place>."),
+        (0.5, "Once a <adjective> <animal> lived <place>."),
+        (0.5, "There was a <adjective> <animal> <place>."),
     ],
     "rest": [(0.85, "<sentence> <rest>"), (0.1, "The end."), (0.05, "And so it went on.")],
     "sentence": [
