@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DiffusionGemmaForBlockDiffusion
 
-WARM_UP = 200  # steps
+LONGEST_WARM_UP = 200  # steps
 
 
 class Optimizers:
@@ -55,8 +55,9 @@ class Optimizers:
 
 
 def schedule(step: int, steps: int, decay: int) -> float:
-    """Share of the learning rate at a step from 1 on: up over the first ones, down to 0 over the last `decay`."""
-    return min(1.0, step / WARM_UP, (steps - step + 1) / max(1, decay))
+    """Share of the learning rate at a step from 1 on: up over the first tenth, down to 0 over the last `decay`."""
+    warm_up = min(LONGEST_WARM_UP, steps // 10)
+    return min(1.0, step / max(1, warm_up), (steps - step + 1) / max(1, decay))
 
 
 def all_layers(model: DiffusionGemmaForBlockDiffusion) -> list[nn.Module]:
