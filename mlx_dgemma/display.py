@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .response import GenerationResponse, statistics
+from .cells import cells, runs, wrapped
+from .response import GenerationResponse, heading, statistics
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -86,8 +86,7 @@ class CanvasView:
 
     def draw(self, response: GenerationResponse, said: str = "") -> None:
         """Show a frame; it takes the place of the unfinished last line of what has been `said` so far."""
-        accepted, total = sum(response.draft_accepted), len(response.draft_accepted)
-        head = f"[canvas {response.canvas_index} step {response.draft_step}: {accepted}/{total} accepted]"
+        head = f"[{heading(response)}]"
         if not self._live:
             print(head, repr(self._until_end(response.draft_text)))
             return
@@ -113,25 +112,9 @@ class CanvasView:
     def _colored(self, response: GenerationResponse) -> list[str]:
         """Lines no wider than the terminal, unsettled characters dimmed."""
         width, height = shutil.get_terminal_size()
-        cells: list[tuple[str, bool]] = []
-        pairs = zip(response.draft_tokens, response.draft_accepted, strict=True)
-        pad = self._tokenizer.pad_token_id
-        kept = [(token, sure) for token, sure in pairs if token != pad]
-        for sure, run in groupby(kept, key=lambda pair: pair[1]):
-            piece = self._tokenizer.decode([token for token, _ in run])
-            cells += [(character, sure) for character in piece]
-        lines: list[list[tuple[str, bool]]] = [[]]
-        for character, sure in cells:
-            if character == "\n" or len(lines[-1]) == width - 1:
-                lines.append([])
-            if character.isprintable():
-                lines[-1].append((character, sure))
-        return [_styled(line) for line in lines[: max(1, height - 3)]]
+        canvas = cells(self._tokenizer, response.draft_tokens, response.draft_accepted)
+        return [_styled(line) for line in wrapped(canvas, width - 1)[: max(1, height - 3)]]
 
 
 def _styled(line: list[tuple[str, bool]]) -> str:
-    parts = []
-    for sure, run in groupby(line, key=lambda cell: cell[1]):
-        piece = "".join(character for character, _ in run)
-        parts.append(piece if sure else DIM + piece + PLAIN)
-    return "".join(parts)
+    return "".join(piece if sure else DIM + piece + PLAIN for piece, sure in runs(line))

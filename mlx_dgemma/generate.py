@@ -9,12 +9,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import Parser, run_command
 from .config import GenerationConfig
 from .drafter import check as check_drafter
 from .errors import InputError, UsageError
+from .files import require_place
 from .options import MODES, OF_A_DRAFTER, OF_THE_LOOP, check_bias, check_limits, check_options, sampler_options
 from .prompt import check_text
 from .response import Answer, GenerationResponse
@@ -186,6 +188,19 @@ def argument_parser() -> argparse.ArgumentParser:
     modes = "diffusion: the reference sampler; ar: token after token by the causal pass (default: diffusion)"
     add("--mode", default="diffusion", help=modes)
     add("--seed", type=int, default=0, help="of every random draw (default: 0)")
+    add_sampler_options(parser)
+    group = parser.add_argument_group("running and showing")
+    add = group.add_argument
+    add("--show-denoising", action="store_true", help="diffusion mode: show the canvas settling (default: off)")
+    add("--denoising-svg", type=Path, metavar="FILE", help="diffusion mode: an animated picture of it (default: none)")
+    add("--prefill-step-size", type=int, help="prompt tokens per forward, at most 4096 (default: 2048)")
+    add("--verbose", type=_boolean, default=True, metavar="T/F", help="print statistics (default: T)")
+    add("--debug", action="store_true", help="show a traceback if something fails")
+    return parser
+
+
+def add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    """Those of both modes, drafters among them, a group each; one that is not given is None."""
     group = parser.add_argument_group("diffusion mode; defaults are the checkpoint's, else the reference's")
     add = group.add_argument
     add("--max-denoising-steps", type=int, help="passes per canvas at most (48)")
@@ -194,7 +209,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--t-max", type=float, help="temperature before the first step (0.8)")
     add("--stability-threshold", type=int, help="equal canvases in a row, beyond the first, to stop (1)")
     add("--confidence-threshold", type=float, help="mean entropy in nats below which to stop (0.005)")
-    add("--show-denoising", action="store_true", help="show the canvas settling (default: off)")
     group = parser.add_argument_group("ar mode; defaults are the checkpoint's, else Gemma 4's")
     add = group.add_argument
     add("--temp", type=float, dest="temperature", help="temperature; 0 takes the most likely token (1.0)")
@@ -210,12 +224,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--drafter-bits", type=int, metavar="N", help="block: quantise the drafter to 4 or 8 bits (as it is)")
     add("--draft-head-bits", type=int, metavar="N", help="block: guess with a head of 4 or 8 bits (the model's)")
     add("--draft-vocab", metavar="N|FILE", help="block: guess ids below N, or those of a JSON file, alone (all)")
-    group = parser.add_argument_group("running and showing")
-    add = group.add_argument
-    add("--prefill-step-size", type=int, help="prompt tokens per forward, at most 4096 (default: 2048)")
-    add("--verbose", type=_boolean, default=True, metavar="T/F", help="print statistics (default: T)")
-    add("--debug", action="store_true", help="show a traceback if something fails")
-    return parser
 
 
 def _boolean(text: str) -> bool:
@@ -237,6 +245,10 @@ def _command(args: argparse.Namespace) -> None:
     check_options(args.mode, options)
     if args.mode != "diffusion" and args.show_denoising:
         raise UsageError("--show-denoising is an option of diffusion mode; ar mode has no canvas to show")
+    if args.denoising_svg is not None:
+        if args.mode != "diffusion":
+            raise UsageError("--denoising-svg is an option of diffusion mode; ar mode has no canvas to draw")
+        require_place(args.denoising_svg)
     # what is out of range whatever the checkpoint is said before it is loaded
     check_limits(args.max_tokens, args.prefill_step_size, args.seed, args.drafter, args.draft_width)
     check_drafter(args.drafter, {name: options[name] for name in OF_A_DRAFTER})
@@ -245,6 +257,7 @@ def _command(args: argparse.Namespace) -> None:
     GenerationConfig().replace(**given)
     prompt = _prompt(args)
     from .display import prefill_bar, show
+    from .film import Film
     from .loading import load
 
     model, tokenizer = load(args.model, revision=args.revision)
@@ -260,10 +273,15 @@ def _command(args: argparse.Namespace) -> None:
         enable_thinking=args.enable_thinking,
         prefill_step_size=args.prefill_step_size,
         prompt_progress_callback=prefill_bar(),
-        drafts=args.show_denoising,
+        drafts=args.show_denoising or args.denoising_svg is not None,
         **{name: value for name, value in options.items() if name in MODES[args.mode]},
     )
+    if args.denoising_svg is not None:
+        film = Film(tokenizer, prompt)
+        responses = film.watch(responses)
     show(responses, tokenizer, verbose=args.verbose, denoising=args.show_denoising)
+    if args.denoising_svg is not None:
+        film.write(args.denoising_svg)
 
 
 def _prompt(args: argparse.Namespace) -> Prompt:

@@ -55,6 +55,17 @@ def check_text(prompt: str) -> None:
         raise InputError(f"the prompt is not text ({error})") from None
 
 
+def asked(tokenizer: TokenizerWrapper, prompt: Prompt) -> str:
+    """What is answered, to be shown: a text, the last user message, or ids decoded."""
+    if isinstance(prompt, str):
+        return prompt
+    items = list(prompt)
+    if not all(isinstance(item, Mapping) for item in items):
+        return tokenizer.decode(items)
+    texts = [_text_of(number, item) for number, item in enumerate(items) if item.get("role") == "user"]
+    return texts[-1] if texts else ""
+
+
 def _encode_messages(
     tokenizer: TokenizerWrapper, messages: list[Mapping[str, Any]], enable_thinking: bool
 ) -> list[int]:

@@ -79,6 +79,12 @@ def statistics(last: GenerationResponse) -> str:
     return "\n".join([*lines, f"Peak memory: {last.peak_memory:.3f} GB"])
 
 
+def heading(draft: GenerationResponse) -> str:
+    """How far a canvas has come."""
+    accepted, total = sum(draft.draft_accepted), len(draft.draft_accepted)
+    return f"canvas {draft.canvas_index} step {draft.draft_step}: {accepted}/{total} accepted"
+
+
 class Answer:
     """Turns ids that become final into responses, with the time and the work they took so far.
 

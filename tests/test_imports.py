@@ -14,11 +14,11 @@ OUTSIDE = {name: ROOT.parent / name for name in ("convert", "drafter")}
 # lower may not import higher; files of one line may import each other
 ORDER = [
     ["errors", "version"],
-    ["config", "folders"],
+    ["config", "files", "folders"],
     ["options", "cache"],
     ["layers"],
     ["model"],
-    ["draws", "filters", "checkpoint", "prompt", "transcript"],
+    ["draws", "filters", "checkpoint", "prompt", "transcript", "cells"],
     ["sampling"],
     ["denoise", "memory"],
     ["loading", "drafter"],
@@ -26,6 +26,7 @@ ORDER = [
     ["response", "command"],
     ["convert"],
     ["display"],
+    ["film"],
     ["generate"],
     ["drafter.training"],
     ["parity"],

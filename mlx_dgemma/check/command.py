@@ -17,6 +17,7 @@ from typing import Any
 from ..command import FAILED, Parser, run_command, use_device
 from ..drafter import check as check_drafter
 from ..errors import InputError, UsageError
+from ..files import require_place, write_whole
 from . import plan, text
 from .paths import shown_command, shown_name
 from .report import Report, Section
@@ -90,7 +91,7 @@ def _files(args: argparse.Namespace) -> list[Path]:
     """Those to write. Raises UsageError if that cannot be."""
     files = [path for path in (args.json, args.markdown) if path is not None]
     for path in files:
-        _require_place(path)
+        require_place(path)
     if len({os.path.realpath(path) for path in files}) < len(files):
         raise UsageError(f"--json and --markdown both name {files[0]}; give them files of their own")
     return files
@@ -155,31 +156,11 @@ def _names(only: Sequence[str] | None) -> list[str]:
     return [name for name in plan.PLAN if only is None or name in only]
 
 
-def _require_place(path: Path) -> None:
-    """Raise UsageError if a file cannot be written there, or where a link there leads to."""
-    target = Path(os.path.realpath(path))
-    parent = target.parent
-    if not parent.is_dir():
-        raise UsageError(f"{path}: {parent} is not a folder; create it first")
-    if target.is_dir():
-        raise UsageError(f"{path}: is a folder; name a file")
-    if os.path.lexists(target) and not target.is_file():  # a device, a pipe, a link in a circle
-        raise UsageError(f"{path}: is not a regular file; name another")
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{path}: {parent} cannot be written to; name another place")
-
-
 def _write(path: Path, content: str) -> None:
-    """The whole file or none; a link stays one."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, target)
+        write_whole(path, content)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; the report is above") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"written: {path}", flush=True)
 
 
