@@ -30,9 +30,9 @@ def test_the_same_draws_give_the_same_canvases(nano, reference, task, number):
     from mlx_dgemma.parity.reference import Run, generate_reference
 
     model, tokenizer = nano
-    config = model.generation_config
+    config = model.generation_config.replace(max_new_tokens=model.config.canvas_length)
     if number:  # no end that occurs: two whole canvases, the first of them encoded
-        config = config.replace(max_new_tokens=192, eos_token_ids=(4,))
+        config = config.replace(max_new_tokens=2 * model.config.canvas_length, eos_token_ids=(4,))
     ids = encode_prompt(tokenizer, prompt_of(task, number))
     story = generate_reference(reference, Run("nano", np.array([ids]), config, seed=number))
     draws = RecordedDraws(

@@ -58,7 +58,7 @@ def nano_config(vocab_size: int) -> DiffusionGemmaConfig:
 def generation_config() -> DiffusionGemmaGenerationConfig:
     """The sampler's settings of the released checkpoint."""
     return DiffusionGemmaGenerationConfig(
-        max_new_tokens=CANVAS,
+        max_new_tokens=3 * CANVAS,  # its longest answers
         max_denoising_steps=48,
         sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
         t_min=0.4,
