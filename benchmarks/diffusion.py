@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_dgemma.config import GenerationConfig
     from mlx_dgemma.model import DiffusionGemma
 
+TASKS = ("json", "edit", "function", "sudoku", "reverse")  # of nano, whose answers fit into a canvas
 # name -> (what it is of an answer, decimals, whether a pair's ratio means something)
 QUANTITIES: dict[str, tuple[Callable[[Answer], float], int, bool]] = {
     "ms per denoising step": (lambda answer: answer.ms_per_step, 2, True),
@@ -57,12 +59,12 @@ class Setting:
 
 
 def held_out_questions(tokenizer: TokenizerWrapper, count: int) -> list[Question]:
-    """Held-out prompts of nano's tasks, taking turns."""
+    """Held-out prompts of `TASKS`, taking turns."""
     from mlx_dgemma.prompt import encode_prompt
 
     from .nano.tasks import held_out
 
-    tasks = list(held_out().values())
+    tasks = [held_out(task, math.ceil(count / len(TASKS))) for task in TASKS]
     examples = [tasks[i % len(tasks)][i // len(tasks)] for i in range(count)]
     return [Question(encode_prompt(tokenizer, example.prompt), example.answer) for example in examples]
 

@@ -45,7 +45,7 @@ def _held_out(task: str) -> Maker:
     """Prompts of one of nano's tasks; their answers were not trained on."""
 
     def make(tokenizer: TokenizerWrapper, vocab_size: int, count: int, seed: int) -> list[Question]:
-        examples = held_out()[task][:count]
+        examples = held_out(task, count)
         return [Question(encode_prompt(tokenizer, example.prompt), example.answer) for example in examples]
 
     return make

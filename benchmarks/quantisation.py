@@ -17,8 +17,7 @@ prompts:
 
 Both modes answer the first `--count` held-out prompts a task, with seeds from `--seed` on; KL takes at most 10 texts
 a task.
-A second table has the exact match of each task. Arithmetic, which nano has not learnt, is not among them.
-An interval of 0 says that no answer turned from right to wrong or back, not that none ever would.
+A second table has the exact match of each task. Intervals are those of benchmarks/intervals.py.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +41,8 @@ from mlx_dgemma.errors import UsageError
 from mlx_dgemma.loading import resolve
 from mlx_dgemma.prompt import encode_prompt
 
+from .intervals import Interval, Paired
 from .measure import environment
-from .nano.score import LONGEST_COUNT, paired
 from .nano.tasks import held_out
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
 TASKS = ("json", "edit", "function", "sudoku", "reverse")
 MODES: dict[str, dict[str, Any]] = {"diffusion": {}, "ar": {"mode": "ar", "temperature": 0.0}}
 NOISE = (0.25, 0.5, 0.75)
+MOST_PROMPTS = 200  # a task
 MOST_TEXTS = 10  # a task, for KL: their positions are thousands
 KINDS = ("causal", *(f"{level:.0%}" for level in NOISE))
 Records = dict[str, dict[str, list[dict[str, Any]]]]  # mode -> task -> a record per prompt
@@ -84,7 +84,7 @@ def texts(model: DiffusionGemma, tokenizer: TokenizerWrapper, count: int, seed: 
     """`count` held-out texts a task, and their noise."""
     length, vocab = model.config.canvas_length, model.config.vocab_size
     made, chance = [], np.random.default_rng(seed % (1 << 64))
-    for example in (example for task in TASKS for example in held_out()[task][:count]):
+    for example in (example for task in TASKS for example in held_out(task, count)):
         answer = tokenizer.encode(example.answer + "<turn|>", add_special_tokens=False)[:length]
         clean = np.array(answer + [model.generation_config.pad_token_id] * (length - len(answer)))
         canvases = np.stack([clean] * len(NOISE))
@@ -110,7 +110,7 @@ def answers(model: DiffusionGemma, tokenizer: TokenizerWrapper, count: int, seed
 
     records: Records = {mode: {task: [] for task in TASKS} for mode in MODES}
     for mode, task in tqdm([(mode, task) for mode in MODES for task in TASKS], unit="task", leave=False):
-        for number, example in enumerate(held_out()[task][:count]):
+        for number, example in enumerate(held_out(task, count)):
             responses = list(stream_generate(model, tokenizer, example.prompt, seed=seed + number, **MODES[mode]))
             right = "".join(response.text for response in responses) == example.answer
             records[mode][task].append({"right": right, "steps": responses[-1].denoise_forwards})
@@ -124,6 +124,13 @@ def flat(tasks: dict[str, list[dict]]) -> list[dict]:
 def exact(records: Sequence[dict]) -> float:
     """Right answers, in %."""
     return 100 * sum(record["right"] for record in records) / len(records)
+
+
+def difference(ours: Sequence[dict], theirs: Sequence[dict]) -> Interval:
+    """Of right answers to the same prompts, in points."""
+    rights = (np.array([[record["right"]] for record in records]) for records in (ours, theirs))
+    seen = Paired.of(*rights, same_seeds=True).difference()
+    return Interval(100 * seen.value, 100 * seen.low, 100 * seen.high)
 
 
 class Comparison:
@@ -153,10 +160,14 @@ class Comparison:
             "steps": float(np.mean([record["steps"] for record in flat(records["diffusion"])])),
         }
         for mode, tasks in records.items():
-            mean, half = paired(flat(tasks), flat(self.records[mode]))
             each = {task: exact(answered) for task, answered in tasks.items()}
-            row[mode] = {"exact": exact(flat(tasks)), "difference": 100 * mean, "half": 100 * half, "tasks": each}
+            points = asdict(difference(flat(tasks), flat(self.records[mode])))
+            row[mode] = {"exact": exact(flat(tasks)), "difference": points, "tasks": each}
         return row | {"records": records}
+
+
+def shown(points: Interval) -> str:
+    return f"{points.value:+.1f} [{points.low:+.1f}, {points.high:+.1f}]"
 
 
 def show(*cells: str, head: bool = False) -> None:
@@ -178,8 +189,8 @@ def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _command(args: argparse.Namespace) -> None:
-    if not 1 <= args.count <= LONGEST_COUNT:
-        raise UsageError(f"--count must lie in 1-{LONGEST_COUNT}, not {args.count}")
+    if not 1 <= args.count <= MOST_PROMPTS:
+        raise UsageError(f"--count must lie in 1-{MOST_PROMPTS}, not {args.count}")
     ways = chosen(args)
     comparison = Comparison(args.model, args.count, args.seed)
     result = environment(args.model, comparison.model) | {"prompts a task": args.count, "first seed": args.seed}
@@ -190,7 +201,7 @@ def _command(args: argparse.Namespace) -> None:
     for name, options in {"original": None, **ways}.items():
         row = rows[name] = comparison.original() if options is None else comparison.converted(options)
         scores = [row[mode] for mode in MODES]
-        cells = [cell for s in scores for cell in (f"{s['exact']:.1f}", f"{s['difference']:+.1f} ± {s['half']:.1f}")]
+        cells = [cell for s in scores for cell in (f"{s['exact']:.1f}", shown(Interval(**s["difference"])))]
         kl = [f"{value:.2g}" for value in row["kl"].values()]
         show(name, f"{row['bits']:.2f}", *kl, f"{row['steps']:.2f}", *cells)
     print()
@@ -209,7 +220,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--model", default="nano", help='floats that answer nano\'s tasks: a folder or "nano" (default: nano)')
     add("--recipe", action="append", metavar="NAME|FILE", help="may be repeated (default: all, and all modes)")
     add("--q-mode", action="append", metavar="MODE", help="every module alike in this mode; may be repeated")
-    add("--count", type=int, default=200, help=f"prompts a task, at most {LONGEST_COUNT} (default: 200)")
+    add("--count", type=int, default=200, help=f"prompts a task, at most {MOST_PROMPTS} (default: 200)")
     add("--seed", type=int, default=0, help="of a task's first prompt; the next have the next ones (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write what is printed, and each answer's record")
     add("--debug", action="store_true", help="show a traceback if something fails")

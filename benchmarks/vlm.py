@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def installed_version() -> str:
         return version("mlx-vlm")
     except PackageNotFoundError:
         raise InputError(
-            f"mlx-vlm is not installed: `pip install mlx-vlm=={TESTED}`, or measure this package alone (--no-mlx-vlm)"
+            f"mlx-vlm is not installed: `pip install mlx-vlm=={TESTED}`, or measure this package alone"
         ) from None
 
 
@@ -33,13 +35,15 @@ class MlxVlm:
 
     Args:
         config: ours, whose defaults for keys that config.json leaves out are transformers'.
-        dtype: of the weights.
+        dtype: of the weights; None: as they are stored.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: mx.Dtype):
+    def __init__(self, folder: Path, config: ModelConfig, dtype: mx.Dtype | None):
         self.name = f"mlx-vlm {installed_version()}"
         if config.quantization is not None:
-            raise InputError(f"{folder}: quantised weights are not compared with mlx-vlm yet (--no-mlx-vlm)")
+            raise InputError(
+                f"{folder}: quantised weights are not compared with mlx-vlm yet; measure this package alone"
+            )
         spare_compiler()
         from mlx_vlm.models.diffusion_gemma import Model
         from mlx_vlm.models.diffusion_gemma import ModelConfig as TheirConfig
@@ -49,7 +53,8 @@ class MlxVlm:
         self._model = Model(TheirConfig.from_dict(raw))
         checkpoint = Checkpoint(folder)
         weights = self._model.sanitize(dict(checkpoint.arrays(checkpoint.text_tensors())))
-        self._model.load_weights([(name, array.astype(dtype)) for name, array in weights.items()])
+        cast = {name: array if dtype is None else array.astype(dtype) for name, array in weights.items()}
+        self._model.load_weights(list(cast.items()))
         self._model.eval()
         mx.eval(self._model.parameters())
         self._weights = weight_bytes(self._model.parameters())
@@ -57,32 +62,10 @@ class MlxVlm:
 
     def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Answer:
         """Denoise one canvas. Times are those of its own statistics, taken when the canvas is on the host."""
-        from mlx_vlm.generate.diffusion import stream_diffusion_generate
-        from mlx_vlm.utils import StoppingCriteria
-
-        self._tokenizer.stopping_criteria = StoppingCriteria(list(config.eos_token_ids), self._tokenizer)
-        self._model.config.generation_config = _as_json(config)
-        mx.random.seed(seed)
+        results = self.results(prompt, config, seed)
         with PeakMemory(self._weights) as peak:
-            results = stream_diffusion_generate(
-                self._model,
-                self._tokenizer,
-                self._tokenizer,
-                mx.array([prompt]),
-                None,
-                None,
-                max_tokens=config.max_new_tokens,
-                skip_special_token_ids=[],
-                temperature=1.0,  # its default of 0 takes the argmax where the reference draws
-                max_denoising_steps=config.max_denoising_steps,
-                diffusion_full_canvas=True,  # its default shrinks the canvas to the tokens asked for
-                diffusion_sampler="entropy-bound",  # its default reveals by confidence
-            )
             first = next(results)
-        tokens, last = [first.token], first
-        for last in results:
-            if last.generation_tokens > len(tokens):
-                tokens.append(last.token)
+        tokens, last = emitted(chain([first], results))
         return Answer(
             tokens=tokens,
             prompt_tokens=len(prompt),
@@ -92,6 +75,38 @@ class MlxVlm:
             encode_forwards=1,
             peak_bytes=peak.bytes,
         )
+
+    def results(self, prompt: list[int], config: GenerationConfig, seed: int) -> Iterator[Any]:
+        """Its own results, one per token and one more per canvas, of as many canvases as it takes."""
+        from mlx_vlm.generate.diffusion import stream_diffusion_generate
+        from mlx_vlm.utils import StoppingCriteria
+
+        self._tokenizer.stopping_criteria = StoppingCriteria(list(config.eos_token_ids), self._tokenizer)
+        self._model.config.generation_config = _as_json(config)
+        mx.random.seed(seed)
+        return stream_diffusion_generate(
+            self._model,
+            self._tokenizer,
+            self._tokenizer,
+            mx.array([prompt]),
+            None,
+            None,
+            max_tokens=config.max_new_tokens,
+            skip_special_token_ids=[],
+            temperature=1.0,  # its default of 0 takes the argmax where the reference draws
+            max_denoising_steps=config.max_denoising_steps,
+            diffusion_full_canvas=True,  # its default shrinks the canvas to the tokens asked for
+            diffusion_sampler="entropy-bound",  # its default reveals by confidence
+        )
+
+
+def emitted(results: Iterable[Any]) -> tuple[list[int], Any]:
+    """The ids of an answer, eos included, and the last result, which has the counts."""
+    tokens: list[int] = []
+    for last in results:
+        if last.generation_tokens > len(tokens):
+            tokens.append(last.token)
+    return tokens, last
 
 
 def _as_json(config: GenerationConfig) -> dict[str, Any]:

@@ -71,10 +71,19 @@ def test_the_command_writes_a_row_of_each_recipe(tmp_path, capsys, monkeypatch):
     assert list(result["rows"]) == ["original", "default"] and result["prompts a task"] == 1
     assert set(original["kl"].values()) == {0.0} and 0 < default["kl"]["causal"] < 0.1
     assert 4 < default["bits"] < original["bits"] == 16
-    assert default["ar"] == {"exact": 100, "difference": 0, "half": 0, "tasks": {"reverse": 100}}
+    assert default["ar"]["exact"] == 100 and default["ar"]["tasks"] == {"reverse": 100}
+    points = default["ar"]["difference"]
+    assert points["value"] == 0 and points["low"] == pytest.approx(-points["high"]) and 50 < points["high"] < 100
     assert default["steps"] == default["records"]["diffusion"]["reverse"][0]["steps"] > 0
     assert printed[-6].startswith(f"| default | {default['bits']:.2f} | {default['kl']['causal']:.2g} |")
     assert printed[-1] == "| default | 100.0 / 100.0 |"
+
+
+def test_a_difference_is_in_points_and_paired():
+    ours, theirs = ([{"right": letter == "1"} for letter in rights] for rights in ("1100" * 25, "1000" * 25))
+    points = quantisation.difference(ours, theirs)
+    assert points.value == pytest.approx(25) and 15 < points.low < 25 < points.high < 36
+    assert quantisation.shown(points).startswith("+25.0 [+1")
 
 
 def test_tasks_are_those_that_nano_has_learnt():

@@ -245,7 +245,7 @@ def test_nothing_is_drafted_beyond_the_context():
 
 
 def questions(nano, *tasks, count):
-    return [encode_prompt(nano[1], example.prompt) for task in tasks for example in held_out()[task][:count]]
+    return [encode_prompt(nano[1], example.prompt) for task in tasks for example in held_out(task, count)]
 
 
 def accepted(nano, drafter, prompts, config, width=8, seed=0):

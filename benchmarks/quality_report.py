@@ -1,0 +1,110 @@
+"""What is printed and drawn of runs: settings, a table, notes, a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .intervals import Paired, fewest_prompts, p_value, share
+from .quality_plot import Mark, svg
+from .records import Run
+
+
+def verdict(paired: Paired, margin: float) -> str:
+    difference, points = paired.difference(), shown_points(margin)
+    if difference.low > -margin:
+        return f"no damage > {points}"
+    if difference.high < 0:
+        return "damage"
+    return f"cannot tell {points}: about {paired.prompts_needed(margin):,} prompts are needed"
+
+
+def shown_points(margin: float) -> str:
+    """A share as points of 100."""
+    return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
+
+
+def cells(run: Run, task: str, against: Run | None, margin: float) -> dict[str, str]:
+    """Title -> text of a row; `against` has the same task's records."""
+    row = {
+        "run": run.label,
+        "task": task,
+        "prompts": str(len(run.rights)),
+        "seeds": str(len(run.seeds)),
+        "exact, 95 % interval": share(run.rights).shown(),
+        "steps a canvas": run.steps_a_canvas(),
+        "forwards a token": run.forwards_a_token(),
+        "accepted a pass": run.accepted_a_pass(),
+    }
+    if against is not None:
+        paired = Paired.of(run.rights, against.rights, run.seeds == against.seeds)
+        row |= {
+            f"{against.label}, exact": f"{against.rights.mean():.3f}",
+            "difference, 95 % interval": paired.difference().shown("+"),
+            "p": f"{p_value(run.rights, against.rights):.2g}",
+            "verdict": verdict(paired, margin),
+        }
+    return row
+
+
+def table(runs: Sequence[Run], against: Run | None, margin: float) -> str:
+    """Markdown; columns that say nothing are left out."""
+    others = dict(against.tasks) if against is not None else {}
+    rows = [cells(run, task, others.get(task), margin) for run in runs for task, run in run.tasks]
+    titles = list(rows[0])
+    if len(runs) == 1:
+        titles.remove("run")
+    titles = [t for t in titles if t not in ("steps a canvas", "accepted a pass") or {row[t] for row in rows} != {"-"}]
+    lines = [titles, ["---"] * len(titles), *([row[title] for title in titles] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def notes(runs: Sequence[Run], against: Run | None, margin: float) -> list[str]:
+    """What a reader of the table should know."""
+    said = []
+    for run in runs:
+        failed = [record.drafter_failure for record in run.records if record.drafter_failure]
+        if failed:
+            said.append(f"{run.label}: the drafter was turned off in {len(failed)} answers ({failed[0]})")
+    if against is None:
+        return said
+    said.append(
+        f"Fewer than {fewest_prompts(margin):,} prompts cannot exclude a damage of {shown_points(margin)}, "
+        "even if not one answer differs."
+    )
+    if any(len(run.seeds) != len(against.seeds) for run in runs):
+        said.append("Seeds are not equally many: p is nearly exact.")
+    return said
+
+
+def shown_settings(run: Run, first: Run) -> str:
+    """A line each; of further runs those alone that are not as the first one's."""
+    lines = [f"{run.label}:"]
+    for name in dict.fromkeys([*first.settings, *run.settings]):
+        value = run.settings.get(name, "-")
+        if run is not first and value == first.settings.get(name):
+            continue
+        if isinstance(value, Mapping):
+            value = [f"{key} {part}" for key, part in value.items()]
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        lines.append(f"  {name}: {text or '-'}")
+    return "\n".join(lines)
+
+
+def report(runs: Sequence[Run], against: Run | None, margin: float, markdown: bool = False) -> str:
+    """Settings, table and notes."""
+    every = [*runs, *([against] if against is not None else [])]
+    settings = "\n".join(shown_settings(run, runs[0]) for run in every)
+    parts = [f"```\n{settings}\n```" if markdown else settings, table(runs, against, margin)]
+    return "\n\n".join([*parts, *notes(runs, against, margin)]) + "\n"
+
+
+def plot(runs: Sequence[Run]) -> str:
+    """An SVG of runs that have the same tasks."""
+    marks: dict[str, list[Mark]] = {}
+    for run in runs:
+        for task, part in run.tasks:
+            beside = part.steps_a_canvas(), part.forwards_a_token()
+            marks.setdefault(task, []).append(Mark(share(part.rights), beside))
+    file, seeds = runs[0].settings["examples"].get("file"), {len(run.seeds) for run in runs}
+    title = f"{file}: {len(runs[0].rights)} prompts, {' or '.join(map(str, sorted(seeds)))} seeds"
+    return svg(title, [run.label for run in runs], ("steps a canvas", "forwards a token"), marks)
