@@ -10,7 +10,7 @@ Prompts are JSON lines, {"prompt": ..., "answer": ..., "task": ..., "checker": .
 i of the file and seed s are answered with the request's seed 1,000,003 s + i, whichever prompts are chosen: each pair
 draws other noise, and two runs of this package draw the same. With --out FILE, every answer goes into FILE.part as it
 comes; an interrupted run goes on with the same command, and starts anew if FILE.part is deleted. A row of the table is
-a task, the last one all of them:
+a task, the last one all of them; several runs (--records) stand side by side in it:
 
     exact               share of right answers [95 % interval]; seeds of a prompt are not taken for further prompts
     steps a canvas      denoising passes per canvas (diffusion)

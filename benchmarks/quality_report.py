@@ -46,14 +46,34 @@ def cells(run: Run, task: str, against: Run | None, margin: float) -> dict[str, 
     return row
 
 
+QUANTITIES = ("exact, 95 % interval", "steps a canvas", "forwards a token", "accepted a pass")
+
+
 def table(runs: Sequence[Run], against: Run | None, margin: float) -> str:
-    """Markdown; columns that say nothing are left out."""
+    """Markdown: a row per task; of several runs, if they are not compared with another one, side by side."""
+    if against is None and len(runs) > 1:
+        return as_table(side_by_side(runs))
     others = dict(against.tasks) if against is not None else {}
     rows = [cells(run, task, others.get(task), margin) for run in runs for task, run in run.tasks]
-    titles = list(rows[0])
     if len(runs) == 1:
-        titles.remove("run")
-    titles = [t for t in titles if t not in ("steps a canvas", "accepted a pass") or {row[t] for row in rows} != {"-"}]
+        rows = [{title: text for title, text in row.items() if title != "run"} for row in rows]
+    return as_table(rows)
+
+
+def side_by_side(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Of runs with the same tasks: what tasks have alike, then what each run did."""
+    rows: dict[str, dict[str, str]] = {}
+    for run in runs:
+        for task, part in run.tasks:
+            found = cells(part, task, None, 0)
+            row = rows.setdefault(task, {title: found[title] for title in ("task", "prompts")})
+            row |= {f"{run.label}: {title}": found[title] for title in QUANTITIES}
+    return list(rows.values())
+
+
+def as_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Columns that say nothing are left out."""
+    titles = [title for title in rows[0] if {row[title] for row in rows} != {"-"}]
     lines = [titles, ["---"] * len(titles), *([row[title] for title in titles] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

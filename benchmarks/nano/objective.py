@@ -49,10 +49,12 @@ def losses(
     is_fed = torch.arange(len(canvas), device=canvas.device) < count
     logits = denoise(model, noise.canvas, batch.before, cache, previous, is_fed)
     weight = canvas_weight(canvas, ends)
-    following = softcapped(model, hidden[:, :-1])
+    answered = batch.answered[:, 1:]
+    following = softcapped(model, hidden[:, :-1][answered])
+    next_token = F.cross_entropy(following, batch.text[:, 1:][answered], reduction="none")
     return Losses(
         diffusion=cross_entropy(logits, canvas, weight),
-        next_token=cross_entropy(following, batch.text[:, 1:], batch.answered[:, 1:].float()),
+        next_token=(next_token * row_shares(answered)).sum(),
         exact=((logits.argmax(-1) == canvas) | (weight < 1)).all(-1).float().mean(),
     )
 
@@ -80,6 +82,12 @@ def cross_entropy(logits: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor)
     """Mean over rows of the weighted mean of each, so that short answers count as much as long ones."""
     loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
     return ((loss * weight).sum(-1) / weight.sum(-1).clamp(min=1)).mean()
+
+
+def row_shares(chosen: torch.Tensor) -> torch.Tensor:
+    """Weights of the chosen places of (B, L), in their order: all rows count alike, and add up to 1."""
+    counts = chosen.sum(-1, keepdim=True).clamp(min=1) * len(chosen)
+    return (1 / counts).expand_as(chosen)[chosen]
 
 
 def read(model: DiffusionGemmaForBlockDiffusion, text: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:

@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from transformers import DiffusionGemmaForBlockDiffusion
 
 LONGEST_WARM_UP = 200  # steps
+SMALL = 1 << 20  # parameters: stacks of matrices up to this size are worked on together
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315), 5  # coefficients of Jordan's quintic, and how often it is applied
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices and stacks of matrices, each on its own (Jordan et al., Muon, 2024).
+
+    An update is scaled to AdamW's usual size (Liu et al., arXiv 2502.16982). torch.optim.Muon computes in bf16, which
+    CPUs without bf16 arithmetic do many times slower than float32, and has no stacks.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike: dict[object, list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                alike[p.shape[-2:] if p.numel() <= SMALL else p].append(p)
+            for parameters in alike.values():
+                shape = parameters[0].shape[-2:]
+                moves = [self._ahead(p, group["momentum"]).view(-1, *shape) for p in parameters]
+                updates = orthogonal(torch.cat(moves)).split(list(map(len, moves)))
+                for p, update in zip(parameters, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update.view_as(p), alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
+
+    def _ahead(self, p: nn.Parameter, kept: float) -> torch.Tensor:
+        """Nesterov's momentum: the running mean of gradients as it would be after one more like this."""
+        mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        mean.lerp_(p.grad, 1 - kept)
+        return p.grad.lerp(mean, kept)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """(N, R, C): singular values all about 1."""
+    (a, b, c), times = NEWTON_SCHULZ
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(times):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class Optimizers:
     """Updates everything but the vision tower and what `freeze` has a part of the name of.
 
-    Layer scalars, which are buffers in transformers, are trained too. Muon takes matrices only: the experts of a
-    layer, stacked, are seen as one.
+    Layer scalars, which are buffers in transformers, are trained too.
     """
 
     def __init__(self, model: DiffusionGemmaForBlockDiffusion, lr: float, matrix_lr: float, freeze: Sequence[str] = ()):
@@ -25,20 +70,16 @@ class Optimizers:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         scalars = [layer.layer_scalar.requires_grad_() for layer in all_layers(model)]
         matrices = {name: p for name, p in named.items() if p.ndim > 1 and "embed_tokens" not in name}
-        self._views = [(p, nn.Parameter(p.detach().flatten(0, -2))) for p in matrices.values()]
-        self._rest = [p for name, p in named.items() if name not in matrices] + scalars
-        self.parameters = [*matrices.values(), *self._rest]
-        views = [view for _, view in self._views]
+        rest = [p for name, p in named.items() if name not in matrices] + scalars
+        self.parameters = [*matrices.values(), *rest]
         self._optimizers = [
-            torch.optim.Muon(views, lr=matrix_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(self._rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
+            Muon(matrices.values(), lr=matrix_lr),
+            torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
         ]
 
     def step(self, scale: float) -> None:
         """One update at `scale` times the learning rate, from gradients clipped at a norm of 1."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for p, view in self._views:
-            view.grad = p.grad.view_as(view)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * scale

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-WIDTHS = (96, 160, 256, 512)  # rows of about one length share a batch
+WIDTHS = (48, 64, 80, 96, 160, 256, 512)  # rows of about one length share a batch
+USUAL_WIDTH = 96
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, end: int, messages: list, answer:
 
 
 def batches(rows: Iterable[Row], size: int, canvas: int, pad: int, seed: int) -> Iterator[Batch]:
-    """Batches of `size` rows of the narrowest width and of as many positions in the wider ones."""
+    """Batches of `size` rows of USUAL_WIDTH, and of about as many positions at other widths."""
     rng = random.Random(seed)
     waiting: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         width = next((width for width in WIDTHS if len(row) <= width), -(-len(row) // WIDTHS[-1]) * WIDTHS[-1])
         waiting[width].append(row)
-        if len(waiting[width]) == max(1, size * (WIDTHS[0] + canvas) // (width + canvas)):
+        if len(waiting[width]) == max(1, size * (USUAL_WIDTH + canvas) // (width + canvas)):
             yield collate(waiting.pop(width), width, canvas, pad, rng)
 
 

@@ -51,11 +51,12 @@ def _command(args: argparse.Namespace) -> None:
         faster_layers(model)
     rows = _rows(args, tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model.to(args.device), tokenizer, _plan(args), args.out, args.device)
+    is_half = args.device == "cuda" if args.autocast is None else args.autocast == "bfloat16"
+    trainer = Trainer(model.to(args.device), tokenizer, _plan(args), args.out, args.device, is_half)
     if (args.out / STATE).exists():
         trainer.resume()
     seed = args.seed * 1_000_003 + trainer.step  # a training that goes on meets new examples
-    canvas, pad = model.config.canvas_length, model.generation_config.pad_token_id
+    canvas, pad = args.canvas or model.config.canvas_length, model.generation_config.pad_token_id
     trainer.run(batches(rows(seed), args.batch, canvas, pad, seed), args.minutes * 60, args.save_every)
 
 
@@ -78,8 +79,8 @@ def _require_sound(args: argparse.Namespace) -> None:
         raise UsageError("say what to train on: --rung N (nano's tasks) or --data FILE (your own)")
     if args.data is not None and args.init is None:
         raise UsageError("--data fine-tunes a checkpoint: say which one (--init)")
-    if args.steps < 1 or args.batch < 1:
-        raise UsageError("--steps and --batch must be 1 at least")
+    if min(args.steps, args.batch, args.canvas or 1) < 1:
+        raise UsageError("--steps, --batch and --canvas must be 1 at least")
 
 
 def _initial(args: argparse.Namespace) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
@@ -154,6 +155,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--decay", type=int, help="the last steps, over which the learning rates fall to 0 (default: a quarter)")
     add("--minutes", type=float, default=math.inf, help="stop after so long; the same command goes on (default: no)")
     add("--batch", type=int, default=32, help="rows of up to 96 ids; fewer of longer ones (default: 32)")
+    add("--canvas", type=int, help="positions of a canvas, fewer of which are faster to begin with (the model's own)")
+    add("--autocast", choices=("none", "bfloat16"), help="dtype of products (default: none on cpu, bfloat16 on cuda)")
     add("--lr", type=float, default=3e-3, help="of AdamW (default: 3e-3)")
     add("--matrix-lr", type=float, default=1e-2, help="of Muon (default: 1e-2)")
     add("--self-conditioning", type=float, default=0.4, help="share of rows fed a first pass (default: 0.4)")

@@ -40,6 +40,7 @@ class Trainer:
     Args:
         out: folder of the state, the log and at last the checkpoint.
         device: that the model is on, cpu or cuda.
+        autocast: whether products are computed in bfloat16.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Trainer:
         plan: Plan,
         out: Path,
         device: str,
+        autocast: bool,
     ):
         self.model, self.tokenizer, self.plan, self.out, self.device = model.train(), tokenizer, plan, out, device
         self.optimizers = Optimizers(model, plan.lr, plan.matrix_lr, plan.freeze)
+        self.autocast = autocast
         self.step = 0
         self._ends = torch.tensor(model.generation_config.eos_token_id, device=device)
         self._means: dict[str, float] = {}
@@ -73,7 +76,7 @@ class Trainer:
 
     def _update(self, batch: Batch) -> None:
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
-        with torch.autocast(self.device, dtype=torch.bfloat16):
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
             found = losses(self.model, batch, self._ends, self.plan.self_conditioning, generator)
         found.total.backward()
         self.optimizers.step(schedule(self.step, self.plan.steps, self.plan.decay))

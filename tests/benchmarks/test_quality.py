@@ -219,8 +219,10 @@ def test_a_run_its_records_and_what_is_made_of_them(tmp_path, capsys):
     assert row["verdict"].startswith("cannot tell 1 point: about ") and 0 < float(row["p"]) <= 1
     assert "Fewer than 381 prompts" in printed and "p is nearly exact" in printed
     status, printed, _ = run(capsys, "--records", tmp_path / "a.json", out, "--plot", tmp_path / "both.svg")
-    assert [row["run"] for row in rows(printed)] == ["a"] * 3 + ["d"] * 3
-    assert rows(printed)[0]["steps a canvas"] == "-" != rows(printed)[3]["steps a canvas"]
+    assert [row["task"] for row in rows(printed)] == ["reverse", "json", "all"]
+    assert rows(printed)[2]["d: exact, 95 % interval"] == whole["exact, 95 % interval"]
+    assert {"a: accepted a pass", "d: steps a canvas"} <= rows(printed)[0].keys()
+    assert not {"a: steps a canvas", "d: accepted a pass"} & rows(printed)[0].keys()
     assert len(list(ElementTree.parse(tmp_path / "both.svg").iter("{http://www.w3.org/2000/svg}circle"))) == 2 + 6
 
 

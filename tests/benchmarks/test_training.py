@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -152,6 +153,68 @@ def test_losses_leave_out_prompts_and_padding(loaded):
     assert cross_entropy(logits, ids, weight).item() == pytest.approx(np.log(4) / 2)
 
 
+def test_rows_count_alike_however_long_their_answers():
+    import torch
+
+    from benchmarks.nano.objective import row_shares
+
+    answered = torch.tensor([[False, True, True, True, True], [False, False, True, True, False]])
+    np.testing.assert_allclose(row_shares(answered), [1 / 8] * 4 + [1 / 4] * 2)
+
+
+def moved(optimizer_of, *shapes):
+    """How some matrices, or stacks of them, change in four steps of random gradients."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = optimizer_of(parameters)
+    for _ in range(4):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+
+
+def test_muon_moves_matrices_as_that_of_torch_does():
+    import torch
+
+    from benchmarks.nano.optimizer import Muon
+
+    shapes = (24, 40), (40, 24), (24, 40)
+    options = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    ours = moved(lambda p: Muon(p, lr=1e-2), *shapes)
+    theirs = moved(lambda p: torch.optim.Muon(p, lr=1e-2, **options), *shapes)
+    other = moved(lambda p: torch.optim.Muon(p, lr=1e-2, momentum=0.8, **options), *shapes)
+    for a, b, c in zip(ours, theirs, other, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm() < (a - c).norm(), "theirs computes in bf16"
+
+
+def test_muon_moves_each_matrix_of_a_stack_on_its_own(monkeypatch):
+    from benchmarks.nano import optimizer
+
+    stacked = moved(lambda p: optimizer.Muon(p, lr=1e-2), (3, 8, 12), (8, 12))
+    monkeypatch.setattr(optimizer, "SMALL", 0)
+    apart = moved(lambda p: optimizer.Muon(p, lr=1e-2), (3, 8, 12), (8, 12))
+    for a, b in zip(stacked, apart, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    singular = np.linalg.svd(optimizer.orthogonal(stacked[0]), compute_uv=False)
+    assert singular.shape == (3, 8) and 0.5 < singular.min() < singular.max() < 1.5
+
+
+def test_canvases_may_be_shorter_to_begin_with():
+    from benchmarks.nano.rows import batches
+
+    rows = [row for pair in ((10, 20), (30, 130)) for row in rows_of(range(500), pair) * 100]
+    for batch in itertools.islice(batches(rows, 4, 48, 0, 0), 20):
+        assert batch.canvas.shape[1] == 48
+        for text, before, canvas in zip(batch.text, batch.before.tolist(), batch.canvas, strict=True):
+            following = text[before : before + 48]
+            assert canvas[: len(following)].equal(following) and not canvas[len(following) :].any()
+            assert text[:before].all()
+
+
 OWN = [
     {"prompt": "say the word", "answer": "apple pie"},
     {"prompt": [{"role": "user", "content": "and the number"}], "answer": "4 7 1 1"},
@@ -212,6 +275,7 @@ def test_a_training_goes_on_where_it_stopped(begun, tmp_path):
         (["--steps", "1", "--rung", "1", "--data", "x"], "say what to train on", 2),
         (["--steps", "1", "--data", "x"], "say which one (--init)", 2),
         (["--steps", "0", "--rung", "1"], "--steps", 2),
+        (["--steps", "1", "--rung", "1", "--canvas", "0"], "--canvas", 2),
         (["--steps", "1", "--rung", "1", "--shares", "poem=1"], "no task poem", 2),
         (["--steps", "1", "--init", "nano", "--data", "/missing.jsonl"], "cannot be read", 1),
         (["--steps", "1", "--init", "/missing", "--rung", "1"], "/missing", 1),
