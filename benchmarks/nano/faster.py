@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from types import MethodType
 
 import torch
@@ -15,10 +17,13 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
 )
 
 GROUPED = "grouped"
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+compiled = torch.compile(dynamic=True) if COMPILER else lambda function: function
 
 
 def faster_layers(model: DiffusionGemmaForBlockDiffusion) -> None:
-    """Replace what is slow in this model's layers: elementwise chains are compiled, all experts are one product.
+    """Replace what is slow in this model's layers: all experts are one product, and elementwise chains are compiled
+    where there is a C++ compiler.
 
     Under autocast, what passes between layers is bf16 too.
     """
@@ -40,7 +45,7 @@ def mlp(self, hidden):
     return self.down_proj(gelu_times(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
-@torch.compile(dynamic=True)
+@compiled
 def gelu_times(gate, up):
     return F.gelu(gate, approximate="tanh") * up
 
@@ -53,7 +58,7 @@ def dense_experts(self, hidden, index, weights):
     return F.linear(mixed.flatten(1), self.down_proj.transpose(1, 2).flatten(0, 1).T)
 
 
-@torch.compile(dynamic=True)
+@compiled
 def gated(inner, share):
     gate, up = inner[:, :, 0], inner[:, :, 1]
     return (F.gelu(gate, approximate="tanh") * up * share[..., None]).to(inner.dtype)
@@ -64,13 +69,13 @@ def norm(self, hidden):
     return (rms_norm(flat, self.weight) if self.with_scale else rms_norm_weightless(flat)).view(hidden.shape)
 
 
-@torch.compile(dynamic=True)
+@compiled
 def rms_norm(hidden, weight):
     x = hidden.float()
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight).to(hidden.dtype)
 
 
-@torch.compile(dynamic=True)
+@compiled
 def rms_norm_weightless(hidden):
     x = hidden.float()
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype)

@@ -79,7 +79,7 @@ def _require_sound(args: argparse.Namespace) -> None:
         raise UsageError("say what to train on: --rung N (nano's tasks) or --data FILE (your own)")
     if args.data is not None and args.init is None:
         raise UsageError("--data fine-tunes a checkpoint: say which one (--init)")
-    if min(args.steps, args.batch, args.canvas or 1) < 1:
+    if min(args.steps, args.batch, 1 if args.canvas is None else args.canvas) < 1:
         raise UsageError("--steps, --batch and --canvas must be 1 at least")
 
 
