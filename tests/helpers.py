@@ -15,6 +15,8 @@ from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.loading import EMBEDDED
 from mlx_dgemma.model import DiffusionGemma
 
+NANO_TEXT = json.loads((EMBEDDED / "config.json").read_text())["text_config"]
+NANO_VOCAB = NANO_TEXT["vocab_size"]  # its tokenizer's too
 TINY = {
     "model_type": "diffusion_gemma",
     "canvas_length": 12,

@@ -22,14 +22,14 @@ from mlx_dgemma import files, stream_generate
 from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.errors import InputError, UsageError
 from mlx_dgemma.options import MODES
-from tests.helpers import with_text, write_checkpoint
+from tests.helpers import NANO_VOCAB, with_text, write_checkpoint
 
 LINES = [
     {"prompt": "reverse apple river stone", "answer": "stone river apple", "task": "reverse"},
     {"prompt": "json name=Ann age=31", "answer": '{"age": 31, "name": "Ann"}', "task": "json", "checker": "json"},
     {"prompt": "reverse stone cloud tiger", "answer": "never", "task": "reverse"},
 ]
-WIDE = {**with_text(vocab_size=779), "canvas_length": 12}  # nano's tokenizer fits, an end is rare
+WIDE = {**with_text(vocab_size=NANO_VOCAB), "canvas_length": 12}  # nano's tokenizer fits, an end is rare
 
 
 def prompts(folder, lines=LINES):

@@ -8,9 +8,9 @@ from mlx_dgemma.check import command, flips, speed
 from mlx_dgemma.check.machine import on
 from mlx_dgemma.check.subject import Subject
 from mlx_dgemma.model import DiffusionGemma
-from tests.helpers import with_text, write_checkpoint
+from tests.helpers import NANO_VOCAB, with_text, write_checkpoint
 
-RAW = with_text(vocab_size=779, max_position_embeddings=1024)  # nano's tokenizer
+RAW = with_text(vocab_size=NANO_VOCAB, max_position_embeddings=1024)  # nano's tokenizer
 
 
 class Clock:

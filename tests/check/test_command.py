@@ -16,6 +16,7 @@ from mlx_dgemma.check.subject import Subject
 from mlx_dgemma.decoding import causal
 from mlx_dgemma.parity import bundle, check
 from tests.check.test_sections import one_bundle  # noqa: F401
+from tests.helpers import NANO_TEXT
 
 
 def strict(path):
@@ -206,7 +207,7 @@ def test_a_drafter_of_another_model(run):
 
 def test_nano_is_known_by_its_shape(run, tmp_path):
     status, out, _ = run("--only", "memory", model="nano")
-    assert status == 0 and "nano: 4 layers" in out
+    assert status == 0 and f"nano: {NANO_TEXT['num_hidden_layers']} layers" in out
 
 
 def test_help_loads_no_mlx():

@@ -36,6 +36,7 @@ from tests.convert.fixtures import (
     tensors_of,
     write,
 )
+from tests.helpers import NANO_VOCAB
 
 PROMPT = "json name=Ann age=31 city=Oslo"
 MODES = {  # of -q
@@ -406,7 +407,7 @@ def test_export_gemma4_quantised_gives_our_logits(way, tmp_path, capsys, monkeyp
         ours = load_model(tmp_path / "ours", dtype=mx.float32)
         theirs, _ = mlx_lm.load(str(tmp_path / "theirs"))
         theirs.set_dtype(mx.float32)
-        ids = mx.array([np.random.default_rng(0).integers(3, 779, 120).tolist()])
+        ids = mx.array([np.random.default_rng(0).integers(3, NANO_VOCAB, 120).tolist()])
         got = theirs(ids)
         difference = mx.abs(got - ours.logits(ours.encode(ids, ours.make_cache()))).max().item()
         assert difference <= 1e-3

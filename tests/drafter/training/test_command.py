@@ -29,7 +29,7 @@ from mlx_dgemma.generate import stream_generate
 from mlx_dgemma.loading import load
 from tests.convert.fixtures import Commands
 from tests.drafter.training.small import FLAGS, write_prompts
-from tests.helpers import with_text, write_checkpoint
+from tests.helpers import NANO_VOCAB, with_text, write_checkpoint
 
 KILLS = 10
 COUNT, STEPS = 40, 12
@@ -58,7 +58,7 @@ def commands(tmp_path_factory):
 def given(tmp_path_factory) -> list[str]:
     """--model and --prompts."""
     folder = tmp_path_factory.mktemp("given")
-    model = write_checkpoint(folder / "model", with_text(vocab_size=779))
+    model = write_checkpoint(folder / "model", with_text(vocab_size=NANO_VOCAB))
     return ["--model", str(model), "--prompts", str(write_prompts(folder / "prompts.jsonl", COUNT))]
 
 
