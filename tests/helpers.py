@@ -17,6 +17,15 @@ from mlx_dgemma.model import DiffusionGemma
 
 NANO_TEXT = json.loads((EMBEDDED / "config.json").read_text())["text_config"]
 NANO_VOCAB = NANO_TEXT["vocab_size"]  # its tokenizer's too
+PROMPTS = [  # nano's kinds of requests, and one that it knows nothing of
+    "json name=Ann age=31 city=Oslo",
+    'set age=44 in {"name": "Bob", "age": 31}',
+    "python total(values): sum the values above 7",
+    "sudoku 4... 31.2 2.31 1.24",
+    "reverse needle eagle window",
+    "47 - 23",
+    "nothing that was ever trained on",
+]
 TINY = {
     "model_type": "diffusion_gemma",
     "canvas_length": 12,

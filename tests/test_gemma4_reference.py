@@ -20,8 +20,8 @@ from mlx_dgemma.parity.bundle import Bundle
 from mlx_dgemma.parity.check import MAX_RATIO, Measure, measures
 from mlx_dgemma.prompt import encode_prompt
 from tests.convert.test_gemma4 import assert_same_text, causal, random_ids, write_gemma4, written
+from tests.helpers import PROMPTS
 from tests.parity.test_negative_controls import rope_by_base  # noqa: F401
-from tests.test_reference import PROMPTS
 
 pytestmark = pytest.mark.reference
 
@@ -146,7 +146,7 @@ def test_greedy_text_is_transformers(case, name):
     assert_greedy(given, model, given.ids[: min(2 * model.config.sliding_window - 1, len(given.ids))])
 
 
-@pytest.mark.parametrize("prompt", PROMPTS[::3])
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_nanos_greedy_text_is_transformers(case, nano, prompt):
     given = case("nano")
     assert_greedy(given, given.load(), encode_prompt(nano[1], prompt))
