@@ -145,7 +145,7 @@ def test_greedy_text_is_mlx_lms(pair):
 
 def test_nanos_answers_are_mlx_lms(nano, tmp_path):
     ours, theirs = opened(EMBEDDED, tmp_path / "out")
-    for prompt in (encode_prompt(nano[1], text) for text in PROMPTS[::2]):
+    for prompt in (encode_prompt(nano[1], text) for text in PROMPTS[:4]):
         got, expected = written(ours, prompt, 30), greedy(plain(theirs), prompt, 30)
         assert len(set(got)) > 4
         assert_same_text(got, expected, causal(ours), prompt, TIE)
