@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_dgemma.command import Parser, run_command
-from mlx_dgemma.errors import UsageError
+from mlx_dgemma.errors import InputError, UsageError
 
 from .tasks import RUNGS, TASKS, tasks_to, training_stream
 
@@ -38,7 +38,10 @@ FEW_EXPERTS = 8  # up to so many, computing all of them is faster than choosing
 
 
 def _command(args: argparse.Namespace) -> None:
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"training needs torch and transformers ({error}); pip install -e '.[reference]'") from None
 
     from .faster import faster_layers
     from .rows import batches

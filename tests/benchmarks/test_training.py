@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -287,6 +288,14 @@ def test_bad_input_is_one_line(arguments, said, status, tmp_path, capsys):
     assert ended.value.code == status
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_without_torch_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--rung", "1", "--steps", "1", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.count("\n") == 1 and "pip install" in said
 
 
 def test_a_line_without_an_answer_is_named(begun, tmp_path, capsys):
