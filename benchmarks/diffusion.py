@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from mlx_dgemma.config import GenerationConfig
     from mlx_dgemma.model import DiffusionGemma
 
-TASKS = ("json", "edit", "function", "sudoku", "reverse")  # of nano, whose answers fit into a canvas
 # name -> (what it is of an answer, decimals, whether a pair's ratio means something)
 QUANTITIES: dict[str, tuple[Callable[[Answer], float], int, bool]] = {
     "ms per denoising step": (lambda answer: answer.ms_per_step, 2, True),
@@ -59,12 +58,12 @@ class Setting:
 
 
 def held_out_questions(tokenizer: TokenizerWrapper, count: int) -> list[Question]:
-    """Held-out prompts of `TASKS`, taking turns."""
+    """Held-out prompts of the embedded nano's tasks, taking turns."""
     from mlx_dgemma.prompt import encode_prompt
 
-    from .nano.tasks import held_out
+    from .nano.tasks import EMBEDDED_TASKS, held_out
 
-    tasks = [held_out(task, math.ceil(count / len(TASKS))) for task in TASKS]
+    tasks = [held_out(task, math.ceil(count / len(EMBEDDED_TASKS))) for task in EMBEDDED_TASKS]
     examples = [tasks[i % len(tasks)][i // len(tasks)] for i in range(count)]
     return [Question(encode_prompt(tokenizer, example.prompt), example.answer) for example in examples]
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_dgemma.drafter.training.prompts import contents, parse
+from mlx_dgemma.drafter.training.prompts import read as read_prompts
 from mlx_dgemma.errors import InputError, UsageError
 
 Fields = Mapping[str, Any]  # of an example's line
@@ -51,13 +51,7 @@ class Example:
 
 def read(path: Path) -> list[Example]:
     """The examples of a file. Raises InputError naming the line that is none."""
-    data = contents(path)
-    prompts = parse(data, path)  # every line is JSON, with a prompt
-    lines = [json.loads(raw) for raw in data.decode("utf-8-sig").split("\n") if raw.strip()]
-    return [
-        _example(line.where, number, line.prompt, fields)
-        for number, (line, fields) in enumerate(zip(prompts, lines, strict=True))
-    ]
+    return [_example(line.where, number, line.prompt, line.value) for number, line in enumerate(read_prompts(path))]
 
 
 def _example(where: str, number: int, prompt: str | list[Any], fields: Any) -> Example:

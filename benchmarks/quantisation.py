@@ -43,17 +43,16 @@ from mlx_dgemma.prompt import encode_prompt
 
 from .intervals import Interval, Paired
 from .measure import environment
-from .nano.tasks import held_out
+from .nano.tasks import EMBEDDED_TASKS as TASKS
+from .nano.tasks import MOST_HELD_OUT, held_out
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_dgemma.model import DiffusionGemma
 
-TASKS = ("json", "edit", "function", "sudoku", "reverse")
 MODES: dict[str, dict[str, Any]] = {"diffusion": {}, "ar": {"mode": "ar", "temperature": 0.0}}
 NOISE = (0.25, 0.5, 0.75)
-MOST_PROMPTS = 200  # a task
 MOST_TEXTS = 10  # a task, for KL: their positions are thousands
 KINDS = ("causal", *(f"{level:.0%}" for level in NOISE))
 Records = dict[str, dict[str, list[dict[str, Any]]]]  # mode -> task -> a record per prompt
@@ -189,8 +188,8 @@ def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _command(args: argparse.Namespace) -> None:
-    if not 1 <= args.count <= MOST_PROMPTS:
-        raise UsageError(f"--count must lie in 1-{MOST_PROMPTS}, not {args.count}")
+    if not 1 <= args.count <= MOST_HELD_OUT:
+        raise UsageError(f"--count must lie in 1-{MOST_HELD_OUT}, not {args.count}")
     ways = chosen(args)
     comparison = Comparison(args.model, args.count, args.seed)
     result = environment(args.model, comparison.model) | {"prompts a task": args.count, "first seed": args.seed}
@@ -220,7 +219,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--model", default="nano", help='floats that answer nano\'s tasks: a folder or "nano" (default: nano)')
     add("--recipe", action="append", metavar="NAME|FILE", help="may be repeated (default: all, and all modes)")
     add("--q-mode", action="append", metavar="MODE", help="every module alike in this mode; may be repeated")
-    add("--count", type=int, default=200, help=f"prompts a task, at most {MOST_PROMPTS} (default: 200)")
+    add("--count", type=int, default=200, help=f"prompts a task, at most {MOST_HELD_OUT} (default: 200)")
     add("--seed", type=int, default=0, help="of a task's first prompt; the next have the next ones (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write what is printed, and each answer's record")
     add("--debug", action="store_true", help="show a traceback if something fails")

@@ -40,8 +40,10 @@ class Muon(torch.optim.Optimizer):
 
     def _ahead(self, p: nn.Parameter, kept: float) -> torch.Tensor:
         """Nesterov's momentum: the running mean of gradients as it would be after one more like this."""
-        mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        mean.lerp_(p.grad, 1 - kept)
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        mean = state["momentum"].lerp_(p.grad, 1 - kept)
         return p.grad.lerp(mean, kept)
 
 

@@ -25,12 +25,11 @@ from mlx_dgemma.errors import UsageError
 from mlx_dgemma.files import require_place, write_whole
 
 from .example import Example
-from .tasks import EVALUATION_SEEDS, RUNGS, TASKS, held_out, tasks_to, training_stream
+from .tasks import EVALUATION_SEEDS, MOST_HELD_OUT, RUNGS, TASKS, held_out, tasks_to, training_stream
 
 TRAIN = "train"
 SEED, ORDER = 77, 7
 USUAL = 800
-MOST_HELD_OUT = 200  # a task: `count` has hardly more in validation
 MOST_REPEATS = 2000  # drawn one after the other: there is nothing new
 
 

@@ -51,6 +51,8 @@ TASKS: dict[str, Task] = {
     "sudoku9": Task(sudoku9, 4, 0.60),
 }
 RUNGS = (1, 2, 3, 4)
+EMBEDDED_TASKS = ("json", "edit", "function", "sudoku", "reverse")  # the embedded nano's; answers fit into a canvas
+MOST_HELD_OUT = 200  # a task: `count` has hardly more in validation
 EVALUATION_SEEDS = {"test": 2026, "validation": 2027}
 
 

@@ -28,11 +28,13 @@ class PromptLine:
         where: file name and line, for messages.
         prompt: text or chat messages.
         key: a number in [0, 1) that belongs to the content.
+        value: all that the line holds, as parsed.
     """
 
     where: str
     prompt: str | list[Any]
     key: float
+    value: Any
 
 
 def read(path: Path) -> list[PromptLine]:
@@ -65,7 +67,7 @@ def _line(raw: bytes, where: str) -> PromptLine:
         raise InputError(f"{where}: not JSON ({error}); write {FORMS}") from None
     prompt = _prompt(value, where)
     digest = hashlib.sha256(json.dumps(_plain(prompt), sort_keys=True).encode("utf-8", "surrogatepass")).digest()
-    return PromptLine(where, prompt, int.from_bytes(digest[:6], "big") / 2**48)
+    return PromptLine(where, prompt, int.from_bytes(digest[:6], "big") / 2**48, value)
 
 
 def _prompt(value: Any, where: str) -> str | list[Any]:
