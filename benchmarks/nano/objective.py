@@ -2,7 +2,9 @@
 
 Cross-entropy of every canvas position, each replaced by a uniform random id with probability t ~ U(0.001, 1) per
 row, without a weight of 1/t; and next-token cross-entropy of the causal pass, weight 1 (the public fine-tuning
-recipes). Self-conditioning is fed from a first pass without gradients to a part of the rows.
+recipes). Self-conditioning is fed from a first pass without gradients to a part of the rows. Some of these may also
+go on with the canvas that the sampler would make of that pass, mistakes included: on uniform noise alone, a canvas
+that drops a token and is right behind it never occurs, and is not mended when it does.
 """
 
 from __future__ import annotations
@@ -30,12 +32,18 @@ class Losses:
 
 
 def losses(
-    model: DiffusionGemmaForBlockDiffusion, batch: Batch, ends: torch.Tensor, fed: float, generator: torch.Generator
+    model: DiffusionGemmaForBlockDiffusion,
+    batch: Batch,
+    ends: torch.Tensor,
+    fed: float,
+    generator: torch.Generator,
+    stepped: float = 0.0,
 ) -> Losses:
     """
     Args:
         ends: ids that end an answer.
         fed: share of the rows that are given self-conditioning.
+        stepped: share of the fed rows whose canvas is taken a step further, as the sampler takes it.
     """
     hidden, cache = read(model, batch.text)
     canvas, noise = batch.canvas, Noise(batch, model.config.text_config.vocab_size, generator)
@@ -46,6 +54,8 @@ def losses(
         with torch.no_grad():
             raw = denoise(model, noise.canvas[:count], batch.before[:count], first_rows(cache, count))
         previous[:count] = raw / noise.temperature[:count]
+        further = round(count * stepped)
+        noise.canvas[:further] = next_canvas(previous[:further], generator)
     is_fed = torch.arange(len(canvas), device=canvas.device) < count
     logits = denoise(model, noise.canvas, batch.before, cache, previous, is_fed)
     weight = canvas_weight(canvas, ends)
@@ -70,6 +80,21 @@ class Noise:
         self.vocab_size = vocab_size
         self.canvas = torch.where(replaced.to(device), random_ids.to(device), batch.canvas)
         self.temperature = (0.4 + 0.4 * torch.rand(shape[0], 1, 1, generator=generator)).to(device)
+
+
+def next_canvas(logits: torch.Tensor, generator: torch.Generator, entropy_bound: float = 0.1) -> torch.Tensor:
+    """The canvases (B, C) that the reference's sampler makes of tempered logits (B, C, V): draws where their entropies,
+    summed from the lowest on, stay within the bound; random ids elsewhere."""
+    size, device = logits.shape[-1], logits.device
+    shares = logits.softmax(-1)
+    entropy, order = torch.special.entr(shares).sum(-1).sort(-1)
+    is_kept = torch.zeros_like(order, dtype=torch.bool).scatter(
+        -1, order, entropy.cumsum(-1) - entropy <= entropy_bound
+    )
+    # on the CPU, where the generator is, so that a seed gives the same canvases on every device
+    draw = torch.multinomial(shares.flatten(0, 1).cpu(), 1, generator=generator).view(order.shape)
+    random_ids = torch.randint(size, order.shape, generator=generator)
+    return torch.where(is_kept, draw.to(device), random_ids.to(device))
 
 
 def canvas_weight(canvas: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

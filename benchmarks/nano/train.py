@@ -72,6 +72,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         lr=args.lr,
         matrix_lr=args.matrix_lr,
         self_conditioning=args.self_conditioning,
+        stepped=args.stepped,
         freeze=tuple(args.freeze),
         seed=args.seed,
     )
@@ -84,6 +85,8 @@ def _require_sound(args: argparse.Namespace) -> None:
         raise UsageError("--data fine-tunes a checkpoint: say which one (--init)")
     if min(args.steps, args.batch, 1 if args.canvas is None else args.canvas) < 1:
         raise UsageError("--steps, --batch and --canvas must be 1 at least")
+    if not (0 <= args.self_conditioning <= 1 and 0 <= args.stepped <= 1):
+        raise UsageError("--self-conditioning and --stepped are shares, from 0 to 1")
 
 
 def _initial(args: argparse.Namespace) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
@@ -163,6 +166,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=3e-3, help="of AdamW (default: 3e-3)")
     add("--matrix-lr", type=float, default=1e-2, help="of Muon (default: 1e-2)")
     add("--self-conditioning", type=float, default=0.4, help="share of rows fed a first pass (default: 0.4)")
+    add("--stepped", type=float, default=0.0, help="share of those that go on from the sampler's own next canvas (0)")
     add("--freeze", nargs="+", default=[], metavar="NAME", help="keep parameters with this in their name as they are")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights of --init (float32)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")

@@ -31,6 +31,7 @@ class Plan:
     lr: float
     matrix_lr: float
     self_conditioning: float  # share of rows that are fed
+    stepped: float  # share of those whose canvas is the sampler's next
     freeze: tuple[str, ...]  # parts of names of parameters that stay
     seed: int
 
@@ -77,7 +78,7 @@ class Trainer:
     def _update(self, batch: Batch) -> None:
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
-            found = losses(self.model, batch, self._ends, self.plan.self_conditioning, generator)
+            found = losses(self.model, batch, self._ends, self.plan.self_conditioning, generator, self.plan.stepped)
         found.total.backward()
         self.optimizers.step(schedule(self.step, self.plan.steps, self.plan.decay))
         for name in (field.name for field in fields(found)):

@@ -154,6 +154,45 @@ def test_losses_leave_out_prompts_and_padding(loaded):
     assert cross_entropy(logits, ids, weight).item() == pytest.approx(np.log(4) / 2)
 
 
+def test_a_canvas_is_taken_a_step_further_as_the_sampler_takes_it():
+    import torch
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as reference
+
+    from benchmarks.nano.objective import next_canvas
+
+    generator, vocabulary = torch.Generator().manual_seed(0), 200
+    sharpness = torch.linspace(0, 12, 24)[torch.randperm(24, generator=generator)]
+    logits = torch.randn(3, 24, vocabulary, generator=generator) * sharpness[:, None]
+    best = logits.argmax(-1)
+
+    def kept_by_reference(bound):
+        config = reference.EntropyBoundSamplerConfig(entropy_bound=bound)
+        sampler = reference.EntropyBoundSampler(config, 24, vocabulary, 48)
+        return sampler.accept_canvas(torch.full_like(best, -1), best, logits, 48) >= 0
+
+    drawn = torch.stack([next_canvas(logits, generator) for _ in range(200)])
+    kept = (drawn == best).float().mean(0) > 0.05  # by chance 1 in 200 is the likeliest
+    assert kept.equal(kept_by_reference(0.1)) and not kept.equal(kept_by_reference(2.0))
+    assert 3 < kept.sum() < 3 * 24
+
+
+@pytest.mark.parametrize(("stepped", "further"), [(0.0, 0), (0.5, 2), (1.0, 4)])
+def test_a_share_of_the_fed_rows_goes_on_from_the_next_canvas(loaded, monkeypatch, stepped, further):
+    import torch
+
+    from benchmarks.nano import objective
+
+    model, tokenizer = loaded
+    _, batch = batch_of(tokenizer, *LENGTHS)
+    given, denoise = [], objective.denoise
+    monkeypatch.setattr(objective, "next_canvas", lambda logits, _: torch.full(logits.shape[:-1], 7))
+    monkeypatch.setattr(objective, "denoise", lambda *a: given.append(a[1].clone()) or denoise(*a))
+    with torch.no_grad():
+        objective.losses(model, batch, torch.tensor([6]), 1.0, torch.Generator().manual_seed(0), stepped)
+    first, second = given
+    assert (second[:further] == 7).all() and second[further:].equal(first[further:])
+
+
 def test_rows_count_alike_however_long_their_answers():
     import torch
 
@@ -277,6 +316,7 @@ def test_a_training_goes_on_where_it_stopped(begun, tmp_path):
         (["--steps", "1", "--data", "x"], "say which one (--init)", 2),
         (["--steps", "0", "--rung", "1"], "--steps", 2),
         (["--steps", "1", "--rung", "1", "--canvas", "0"], "--canvas", 2),
+        (["--steps", "1", "--rung", "1", "--stepped", "1.5"], "--stepped", 2),
         (["--steps", "1", "--rung", "1", "--shares", "poem=1"], "no task poem", 2),
         (["--steps", "1", "--init", "nano", "--data", "/missing.jsonl"], "cannot be read", 1),
         (["--steps", "1", "--init", "/missing", "--rung", "1"], "/missing", 1),
