@@ -86,6 +86,7 @@ def grown(folder: Path, way: str) -> int:
     return most[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_is_that_of_chunks_not_of_tensors(way, tmp_path):

@@ -17,12 +17,17 @@ from mlx_dgemma.parity.shapes import SHAPES, shape
 NAMES = sorted(path.name for path in BUNDLES.iterdir())
 
 
-@pytest.mark.parametrize("name", NAMES)
+def replayed(names):
+    """The longest takes 25 s, whoever asks for its report first."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "long" else name for name in names]
+
+
+@pytest.mark.parametrize("name", replayed(NAMES))
 def test_the_port_repeats_the_reference(report, name):
     assert report(name).passed, report(name).table()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", replayed(SHAPES))
 def test_by_root_mean_square_it_holds_against_the_one_recorded_run_too(report, name):
     """The floor of a bundle is the largest of several float32 runs. The worst entry of a single run is a
     matter of luck (on `long` a lucky one makes it 4.8); its root mean square needs no such allowance."""

@@ -29,6 +29,7 @@ def compared(quantised):
     return {bits: compare(NANO, str(folder)) for bits, folder in quantised.items()}
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_further_away(compared):
     for coarse, fine in zip(compared[3].divergences, compared[8].divergences, strict=True):
         assert coarse.mean > 10 * fine.mean > 0
@@ -38,6 +39,7 @@ def test_fewer_bits_are_further_away(compared):
     assert compared[3].agreements[0].same < compared[3].agreements[0].total
 
 
+@pytest.mark.slow
 def test_steps_to_stop_are_those_of_a_free_run(compared):
     ((theirs, ours),) = compared[8].steps
     recorded = json.loads((NANO / "bundle.json").read_text())["canvases"]

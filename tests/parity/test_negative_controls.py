@@ -359,6 +359,7 @@ def rope_by_base(monkeypatch):
     monkeypatch.setattr(layers.Rotary, "__call__", by_base)
 
 
+@pytest.mark.slow
 def test_rope_by_base_shows_in_a_long_prompt(replay, rope_by_base):
     planted = replay("long")
     got = replaying.walk(planted.model, planted.bundle)

@@ -112,6 +112,7 @@ def step_of(state) -> int:
         return -1
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(commands, given, whole, tmp_path):
     rng, out = random.Random(5), tmp_path / "out"
     answers, state = (tmp_path / ".out.partial" / name for name in (ANSWERS, STATE))
@@ -154,6 +155,7 @@ def refused(argv, capsys, status) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_leftovers_of_another_command_are_refused(given, tmp_path, capsys, monkeypatch):
     argv = [*given, *FLAGS, *QUICK, "--out", tmp_path / "out"]
 
@@ -197,6 +199,7 @@ def test_leftovers_of_another_command_are_refused(given, tmp_path, capsys, monke
     assert all(mx.abs(old[name] - new[name]).max().item() < 1e-2 for name in old)
 
 
+@pytest.mark.slow
 def test_other_training_options_keep_the_answers(given, tmp_path, capsys, monkeypatch):
     folder = tmp_path / ".out.partial"
     argv = [*given, *FLAGS, *QUICK, "--out", tmp_path / "out", "--answers", tmp_path / "kept.jsonl"]
