@@ -10,6 +10,11 @@ Message = dict[str, str]  # role, content
 TEST, VALIDATION, HASHES = 4, 6, 32
 
 
+def messages_of(prompt: str | list[Message]) -> list[Message]:
+    """A lone prompt is a user's turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """`keys` are contents that may stand in one split only, the answer's first; `thought` asks for thinking."""
@@ -23,7 +28,7 @@ class Example:
 
     @property
     def messages(self) -> list[Message]:
-        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+        return messages_of(self.prompt)
 
     @property
     def split(self) -> str | None:

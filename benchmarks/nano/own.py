@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_dgemma.errors import InputError
 
 from ..examples import read as read_examples
+from .example import messages_of
 from .rows import Row, encode
 
 
@@ -23,9 +24,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> list[Row]:
             raise InputError(
                 f'{example.where}: "answer" must be the text to be learnt (and "thought", if there is one)'
             )
-        prompt = example.prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        rows.append(encode(tokenizer, end, messages, answer, thought))
+        rows.append(encode(tokenizer, end, messages_of(example.prompt), answer, thought))
     return rows
 
 
