@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+)
 
 from .rows import Batch
 
@@ -85,16 +89,12 @@ class Noise:
 def next_canvas(logits: torch.Tensor, generator: torch.Generator, entropy_bound: float = 0.1) -> torch.Tensor:
     """The canvases (B, C) that the reference's sampler makes of tempered logits (B, C, V): draws where their entropies,
     summed from the lowest on, stay within the bound; random ids elsewhere."""
-    size, device = logits.shape[-1], logits.device
-    shares = logits.softmax(-1)
-    entropy, order = torch.special.entr(shares).sum(-1).sort(-1)
-    is_kept = torch.zeros_like(order, dtype=torch.bool).scatter(
-        -1, order, entropy.cumsum(-1) - entropy <= entropy_bound
-    )
+    *shape, size = logits.shape
     # on the CPU, where the generator is, so that a seed gives the same canvases on every device
-    draw = torch.multinomial(shares.flatten(0, 1).cpu(), 1, generator=generator).view(order.shape)
-    random_ids = torch.randint(size, order.shape, generator=generator)
-    return torch.where(is_kept, draw.to(device), random_ids.to(device))
+    draw = torch.multinomial(logits.softmax(-1).flatten(0, 1).cpu(), 1, generator=generator).view(shape)
+    random_ids = torch.randint(size, shape, generator=generator)
+    sampler = EntropyBoundSampler(EntropyBoundSamplerConfig(entropy_bound), shape[-1], size, max_denoising_steps=1)
+    return sampler.accept_canvas(random_ids.to(logits.device), draw.to(logits.device), logits, cur_step=1)
 
 
 def canvas_weight(canvas: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
