@@ -46,6 +46,5 @@ def _introduction(rng: random.Random) -> Example:
     told = rng.sample(list(TOLD), rng.randint(2, 3))
     turns = [(said.format(**person), TOLD[said][0].format(**person)) for said in told]
     _, ask, answer = TOLD[rng.choice(told)]
-    messages = _conversation(turns, ask)
-    keys = (f"introduction {sorted(person.values())} {ask} {told}",)
-    return Example(task="chat", prompt=messages, answer=answer.format(**person), keys=keys)
+    keys = ("introduction " + " ".join(sorted(said for said, _ in turns)),)
+    return Example(task="chat", prompt=_conversation(turns, ask), answer=answer.format(**person), keys=keys)

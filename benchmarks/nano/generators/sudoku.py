@@ -61,8 +61,9 @@ def sudoku(rng: random.Random) -> Example:
 def sudoku9(rng: random.Random) -> Example:
     """A 9x9 -> its grid; most are solved by singles, one in five needs a search."""
     solution = _full_grid(rng)
-    technique = HARD if rng.random() < 0.2 else EASY
-    puzzle = _dig(rng, solution, technique)
+    wanted = HARD if rng.random() < 0.2 else EASY
+    while technique(puzzle := _dig(rng, solution, wanted)) != wanted:
+        pass  # few puzzles need a search, even of those that may
     shown = "".join(str(digit) if digit else BLANK for digit in puzzle)
     answer = "".join(map(str, solution))
     request = "sudoku " + " ".join(rows(shown))
@@ -145,7 +146,7 @@ def _full_grid(rng: random.Random) -> Cells:
 
 def _dig(rng: random.Random, solution: Cells, wanted: str) -> Cells:
     """Take out cells, in a random order, as long as the puzzle stays within the technique that is wanted."""
-    cells, fewest = solution.copy(), rng.randint(24, 45)
+    cells, fewest = solution.copy(), 24 if wanted == HARD else rng.randint(24, 45)
     for cell in rng.sample(range(81), 81):
         kept, cells[cell] = cells[cell], 0
         if not all(_singles(cells)) and (wanted == EASY or not _is_unique(cells)):
