@@ -41,7 +41,7 @@ def sudoku(text: str, fields: Fields) -> bool:
     """The last whole grid in the text has every digit once a row, column and box, and keeps the prompt's givens.
 
     A grid, 4x4 or 9x9, is so many rows of so many digits behind each other, between spaces or newlines; `.` in the
-    prompt's is a blank.
+    prompt's is a blank. Rows behind each other that do not make whole grids make none: which ones are meant is open.
     """
     givens = puzzle(fields)
     side, box = len(givens), SIDES[len(givens)]
@@ -105,8 +105,8 @@ def _prompt_text(fields: Fields) -> str:
 
 def _last_grid(text: str, side: int, blanks: bool) -> list[str] | None:
     row = f"[1-{side}{'.' if blanks else ''}]{{{side}}}"
-    grids = re.findall(rf"(?<!\S){row}(?:\s+{row}){{{side - 1}}}(?!\S)", text)
-    return grids[-1].split() if grids else None
+    runs = [run.split() for run in re.findall(rf"(?<!\S){row}(?:\s+{row})*(?!\S)", text)]
+    return next((rows[-side:] for rows in reversed(runs) if len(rows) % side == 0), None)
 
 
 def _parsed(text: str) -> Any:

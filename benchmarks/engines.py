@@ -6,6 +6,7 @@ is compared. Nothing heavy is imported before an engine is made.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
 
 OURS = "mlx_dgemma"
 DTYPES = ("float32", "bfloat16", "float16")
+SAMPLE = 1 << 16  # bytes of a tensor that its fingerprint is of
+
+
+def fingerprint(folder: Path) -> str:
+    """Of tensors' names, kinds and first bytes: other after a training, the same in other shards or another place."""
+    from mlx_dgemma.checkpoint import Checkpoint
+
+    digest = hashlib.sha256()
+    for name, info in sorted(Checkpoint(folder).text_tensors().items()):
+        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+        with info.shard.open("rb") as file:
+            file.seek(info.offset)
+            digest.update(file.read(min(SAMPLE, info.nbytes)))
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 class Ours:
@@ -30,10 +45,11 @@ class Ours:
 
     def __init__(self, setup: Setup):
         from mlx_dgemma.drafter import make
-        from mlx_dgemma.loading import load
+        from mlx_dgemma.loading import load, resolve
 
         self._setup = setup
-        self._model, self._tokenizer = load(setup.model, revision=setup.revision, dtype=_mlx_dtype(setup.dtype))
+        self._folder = resolve(setup.model, setup.revision)
+        self._model, self._tokenizer = load(self._folder, dtype=_mlx_dtype(setup.dtype))
         self.config = setup.config(self._model.generation_config)
         options = setup.given
         self._drafter = make(options.get("drafter"), self._model, **{n: options.get(n) for n in OF_A_DRAFTER})
@@ -44,7 +60,7 @@ class Ours:
         from .measure import environment
 
         facts = environment(shown_name(self._setup.model), self._model)
-        return {"engine": f"{OURS} {facts.pop(OURS)}", **facts}
+        return {"engine": f"{OURS} {facts.pop(OURS)}", **facts, "weights": fingerprint(self._folder)}
 
     def ids(self, prompt: Prompt, thinking: bool) -> list[int]:
         return self._setup.ids(self._tokenizer, prompt, thinking, self._model)
@@ -114,6 +130,12 @@ class Transformers(Other):
     """The reference's own `generate`."""
 
     def __init__(self, setup: Setup):
+        super().__init__(setup)
+        if self.shape.quantization is not None and "quant_method" not in self.shape.quantization:
+            raise InputError(
+                f"{setup.model}: its weights are quantised as MLX does, which transformers cannot read; answer with "
+                f"--engine {OURS}, or write floats with mlx_dgemma.convert --export hf --dequantize"
+            )
         try:
             import torch
             from transformers import DiffusionGemmaForBlockDiffusion
@@ -121,7 +143,6 @@ class Transformers(Other):
             raise InputError(
                 f"--engine transformers needs torch and transformers ({error}); pip install 'mlx-dgemma[reference]'"
             ) from None
-        super().__init__(setup)
         self._device = "cuda" if setup.device == "gpu" else "cpu"
         if self._device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device gpu: torch sees no CUDA device here; use --device cpu")
@@ -133,6 +154,7 @@ class Transformers(Other):
         return {
             "engine": f"transformers {version('transformers')}",
             "model": shown_name(self._setup.model),
+            "weights": fingerprint(self.folder),
             "torch": version("torch"),
             "device": self._device,
             "dtype": str(self._model.dtype).removeprefix("torch."),
@@ -201,6 +223,7 @@ class Vlm(Other):
         self._facts = {
             "engine": self._engine.name,
             "model": shown_name(setup.model),
+            "weights": fingerprint(self.folder),
             "mlx": mx.__version__,
             "device": mx.default_device().type.name,
             "dtype": "as stored" if dtype is None else str(dtype).removeprefix("mlx.core."),

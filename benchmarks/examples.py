@@ -6,7 +6,7 @@
     answer            the text that is right, or a list of texts; `sudoku` and `story` need none
     task              what it is counted under (default: all)
     checker           of benchmarks/checkers.py, or a name that the command gives a function (default: exact)
-    enable_thinking   overrides the command's option
+    enable_thinking   overrides the command's option; true if there is a "thought", as in data to be learnt
 
 Further keys are left alone; a checker of one's own may look at them.
 """
@@ -58,6 +58,8 @@ def _example(where: str, number: int, prompt: str | list[Any], fields: Any) -> E
     if not isinstance(fields, dict):
         raise InputError(f'{where}: a prompt alone; write {{"prompt": "...", "answer": "..."}}')
     checker, task, thinking = fields.get("checker", "exact"), fields.get("task", ALL), fields.get("enable_thinking")
+    if thinking is None and fields.get("thought") is not None:
+        thinking = True
     for key, name in (("checker", checker), ("task", task)):
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"{where}: {key} must be a name, not {name!r:.80}")

@@ -5,9 +5,13 @@ prompts. How many independent answers they are worth is their effective number (
 variance of one answer over the variance of the mean, the latter from the spread between prompts. It lies between the
 number of prompts and that of answers, and it takes the number's place in
 
-    a share         Wilson's score interval (J. Am. Stat. Assoc. 22, 1927, 209), as Korn and Graubard use it for
-                    clustered samples (Survey Methodology 24, 1998, 193)
+    a share         Wilson's score interval (J. Am. Stat. Assoc. 22, 1927, 209)
     a difference    Tango's score interval of paired shares (Statistics in Medicine 17, 1998, 891)
+
+Korn and Graubard (Survey Methodology 24, 1998, 193) have such a number in the exact binomial interval, as it is
+estimated, with a factor of t quantiles for few clusters. Here `END` prompts more at either end, all of whose seeds
+agree, are what few prompts or few mistakes are weighed against: these say little of whether seeds agree, so they count
+as prompts, and a mistake more never raises a limit. Where seeds do agree, both intervals are those of one seed.
 
 Both hold what they promise near 0 and 1 as well, where "mean +- 1.96 deviations" does not. The test flips the sign of
 every prompt's whole difference (Fisher, The Design of Experiments, 1935) and is exact; with one seed it is McNemar's
@@ -24,6 +28,7 @@ from statistics import NormalDist
 import numpy as np
 
 Z = NormalDist().inv_cdf(0.975)
+END = Z**2  # prompts; the least at which answers that differ never narrow an interval of a difference
 NOTHING = 1e-12  # a variance below it is rounding
 HALVINGS = 50
 
@@ -44,8 +49,8 @@ class Interval:
 
 def share(rights: np.ndarray) -> Interval:
     """The share of right answers."""
-    value = float(rights.mean())
-    return Interval(value, *wilson(value, effective_count(value * (1 - value), rights.mean(axis=1), rights.shape[1])))
+    value, means = float(rights.mean()), rights.mean(axis=1)
+    return Interval(value, *wilson(value, effective_count(2 * means - 1, 1.0, rights.shape[1])))
 
 
 def wilson(value: float, count: float) -> tuple[float, float]:
@@ -56,19 +61,19 @@ def wilson(value: float, count: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def effective_count(variance: float, means: np.ndarray, most: int) -> float:
-    """How many independent observations are worth what was seen.
+def effective_count(means: np.ndarray, square: float, most: int) -> float:
+    """How many independent observations, of -1 to 1, are worth what was seen.
 
     Args:
-        variance: of one observation.
         means: of each prompt's observations.
+        square: mean square of one observation.
         most: observations of a prompt, which is what it counts for at most; it counts for one at least.
     """
-    prompts = len(means)
-    if variance <= NOTHING or prompts == 1:
-        return float(prompts)
-    spread = means.var(ddof=1) / prompts
-    return float(np.clip(variance / max(spread, NOTHING), prompts, prompts * most))
+    prompts, ends = len(means), 2 * END
+    middle = means.sum() / (prompts + ends)
+    one = (prompts * square + ends) / (prompts + ends) - middle**2
+    between = ((means**2).sum() + ends) / (prompts + ends) - middle**2
+    return prompts * float(np.clip(one / between, 1, most))
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ class Paired:
             a, b = ours.mean(axis=1), theirs.mean(axis=1)
             alone = a * (1 - b), b * (1 - a)
         only_ours, only_theirs = (float(part.mean()) for part in alone)
-        variance = only_ours + only_theirs - (only_ours - only_theirs) ** 2
-        count = effective_count(variance, alone[0] - alone[1], min(ours.shape[1], theirs.shape[1]))
+        most = min(ours.shape[1], theirs.shape[1])
+        count = effective_count(alone[0] - alone[1], only_ours + only_theirs, most)
         return cls(only_ours, only_theirs, len(ours), count)
 
     def score(self, difference: float) -> float:

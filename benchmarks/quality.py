@@ -50,6 +50,7 @@ from .records import Record, Run, require_comparable
 
 STRIDE = 1_000_003  # between the requests' seeds of one prompt
 MOST_SEEDS = 1000
+LAST_SEED = 10**12  # no engine takes a request's seed of more than 64 bits
 OPTIONS = tuple(name for names in MODES.values() for name in names if name != "drafts")
 OF_A_RUN = ("engine", "device", "dtype", "model", "revision", "mode", "max_tokens", "enable_thinking", *OPTIONS)
 OF_A_RUN += ("seeds", "seed", "count", "task", "checker", "out")
@@ -195,10 +196,11 @@ def _labels(paths: Sequence[Path | None]) -> list[str]:
 
 def _require_sound(args: argparse.Namespace) -> None:
     """Raise UsageError for options that contradict each other, or files that cannot be written."""
-    for name, most in (("seeds", MOST_SEEDS), ("count", None)):
+    for name, least, most in (("seeds", 1, MOST_SEEDS), ("count", 1, None), ("seed", 0, LAST_SEED)):
         number = getattr(args, name)
-        if number is not None and not 1 <= number <= (most or number):
-            raise UsageError(f"--{name} must be {'at least 1' if most is None else f'in 1-{most}'}, not {number}")
+        if number is not None and not least <= number <= (most or number):
+            allowed = f"at least {least}" if most is None else f"in {least}-{most}"
+            raise UsageError(f"--{name} must be {allowed}, not {number}")
     if not 0 < args.margin < 1:
         raise UsageError(f"--margin is a share of the answers, between 0 and 1, not {args.margin:g}")
     if args.records is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from math import floor
@@ -31,18 +31,18 @@ class Mark:
     beside: tuple[str, str]
 
 
-def svg(title: str, runs: Sequence[str], columns: tuple[str, str], tasks: Mapping[str, Sequence[Mark]]) -> str:
+def svg(title: str, runs: Sequence[str], columns: tuple[str, str], tasks: Sequence[tuple[str, Sequence[Mark]]]) -> str:
     """A picture of some runs, at most MOST_RUNS.
 
     Args:
         columns: titles of what stands beside the marks.
-        tasks: name -> a mark per run.
+        tasks: what is written beside each, and a mark per run.
     """
-    left = 24 + LETTER * max(map(len, tasks))
-    scale = _Scale(min(mark.share.low for marks in tasks.values() for mark in marks), left)
+    left = 24 + LETTER * max(len(task) for task, _ in tasks)
+    scale = _Scale(min(mark.share.low for _, marks in tasks for mark in marks), left)
     heads, top = _heads(title, runs, columns, left)
     rows, y = [], top + GAP / 2
-    for task, marks in tasks.items():
+    for task, marks in tasks:
         rows.append(_text(left - 12, y + ROW * len(marks) / 2 + 4, task, "end"))
         for colour, mark in zip(COLOURS, marks, strict=False):
             rows += _row(y + ROW / 2, colour, mark, scale)

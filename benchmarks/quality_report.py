@@ -23,11 +23,16 @@ def shown_points(margin: float) -> str:
     return f"{100 * margin:g} point{'' if margin == 0.01 else 's'}"
 
 
-def cells(run: Run, task: str, against: Run | None, margin: float) -> dict[str, str]:
+def shown_task(task: str | None) -> str:
+    """None: all of them together."""
+    return "all" if task is None else task
+
+
+def cells(run: Run, task: str | None, against: Run | None, margin: float) -> dict[str, str]:
     """Title -> text of a row; `against` has the same task's records."""
     row = {
         "run": run.label,
-        "task": task,
+        "task": shown_task(task),
         "prompts": str(len(run.rights)),
         "seeds": str(len(run.seeds)),
         "exact, 95 % interval": share(run.rights).shown(),
@@ -62,7 +67,7 @@ def table(runs: Sequence[Run], against: Run | None, margin: float) -> str:
 
 def side_by_side(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Of runs with the same tasks: what tasks have alike, then what each run did."""
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str | None, dict[str, str]] = {}
     for run in runs:
         for task, part in run.tasks:
             found = cells(part, task, None, 0)
@@ -88,8 +93,8 @@ def notes(runs: Sequence[Run], against: Run | None, margin: float) -> list[str]:
     if against is None:
         return said
     said.append(
-        f"Fewer than {fewest_prompts(margin):,} prompts cannot exclude a damage of {shown_points(margin)}, "
-        "even if not one answer differs."
+        f"It takes {fewest_prompts(margin):,} prompts to exclude a damage of {shown_points(margin)} if not one answer "
+        "differs; fewer do where answers got better."
     )
     if any(len(run.seeds) != len(against.seeds) for run in runs):
         said.append("Seeds are not equally many: p is nearly exact.")
@@ -120,11 +125,12 @@ def report(runs: Sequence[Run], against: Run | None, margin: float, markdown: bo
 
 def plot(runs: Sequence[Run]) -> str:
     """An SVG of runs that have the same tasks."""
-    marks: dict[str, list[Mark]] = {}
+    marks: dict[str | None, list[Mark]] = {}
     for run in runs:
         for task, part in run.tasks:
             beside = part.steps_a_canvas(), part.forwards_a_token()
             marks.setdefault(task, []).append(Mark(share(part.rights), beside))
     file, seeds = runs[0].settings["examples"].get("file"), {len(run.seeds) for run in runs}
     title = f"{file}: {len(runs[0].rights)} prompts, {' or '.join(map(str, sorted(seeds)))} seeds"
-    return svg(title, [run.label for run in runs], ("steps a canvas", "forwards a token"), marks)
+    groups = [(shown_task(task), group) for task, group in marks.items()]
+    return svg(title, [run.label for run in runs], ("steps a canvas", "forwards a token"), groups)

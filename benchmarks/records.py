@@ -18,7 +18,6 @@ from mlx_dgemma.files import write_whole
 from .engine import Answered
 
 SCHEMA = 1
-IN_ALL = "all"
 COUNTS = ("tokens", "canvases", "denoise_forwards", "encode_forwards", "verify_passes", "drafted", "accepted")
 
 
@@ -64,6 +63,8 @@ class Run:
     def _require_whole(self, examples: Mapping[str, Any]) -> None:
         """Raise ValueError, TypeError or KeyError for a prompt that does not have all seeds once."""
         count, pairs = len({r.prompt for r in self.records}), {(r.prompt, r.seed) for r in self.records}
+        if not count:
+            raise ValueError("it holds no answer")
         is_whole = len(pairs) == len(self.records) == count * len(self.seeds) and count == examples["count"]
         if not is_whole or not isinstance(examples["sha256"], str):
             raise ValueError("it does not have every prompt with every seed once")
@@ -77,12 +78,12 @@ class Run:
         return sorted({record.seed for record in self.records})
 
     @property
-    def tasks(self) -> list[tuple[str, Run]]:
-        """Task by task, and all of them if there are several."""
+    def tasks(self) -> list[tuple[str | None, Run]]:
+        """Task by task, and all of them if there are several, under None: any text may be a task's name."""
         names = list(dict.fromkeys(record.task for record in self.records))
         parts = [(name, [record for record in self.records if record.task == name]) for name in names]
         if len(names) > 1:
-            parts.append((IN_ALL, list(self.records)))
+            parts.append((None, list(self.records)))
         return [(name, Run(self.label, self.settings, records)) for name, records in parts]
 
     @property

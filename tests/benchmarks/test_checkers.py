@@ -68,6 +68,7 @@ def test_a_sudoku_is_right_whatever_its_solution_is(separator):
     fields = {"prompt": "sudoku 1... .... .1.. ....", "answer": GRID}
     assert checkers.sudoku(GRID.replace(" ", separator), fields)
     assert checkers.sudoku(f"First {other}, then:\n\n{GRID}\n", fields), "the last one counts"
+    assert checkers.sudoku(f"{other}\n\n{GRID}", fields) and not checkers.sudoku(f"{GRID} {other}", fields)
     assert not checkers.sudoku(other, fields), "the given is not kept"
     assert checkers.sudoku(other, fields | {"prompt": "2... .... .... ...."})
 
@@ -79,6 +80,8 @@ def test_a_sudoku_is_right_whatever_its_solution_is(separator):
         "1234 3412 2143",  # a row is missing
         "1234 3412 2143 432",
         "1234 3412 2143 4325",
+        f"{GRID} 1234",  # a row too many: which four are meant?
+        f"{GRID}\n\n1111 2222",
         "1234 2341 3412 4123",  # boxes
         "1234 3412 1243 4321",  # columns
         "1224 3412 2143 4321",  # rows
@@ -130,6 +133,9 @@ def test_a_file_of_examples(tmp_path):
         {"messages": [{"role": "user", "content": "b"}], "answer": ["2"], "enable_thinking": True},
         {"prompt": "c", "answer": "3", "task": "x", "checker": "final"},
         {"prompt": "1... .... .... ....", "task": "y", "checker": "sudoku"},
+        {"prompt": "d", "answer": "4", "task": "z", "thought": "2 + 2"},
+        {"prompt": "e", "answer": "4", "task": "z", "thought": "2 + 2", "enable_thinking": False},
+        {"prompt": "f", "answer": "4", "task": "z", "thought": None},
     )
     found = read(path, OURS)
     assert [(e.number, e.task, e.checker, e.enable_thinking) for e in found] == [
@@ -137,12 +143,15 @@ def test_a_file_of_examples(tmp_path):
         (1, "all", "exact", True),
         (2, "x", "final", None),
         (3, "y", "sudoku", None),
+        (4, "z", "exact", True),
+        (5, "z", "exact", False),
+        (6, "z", "exact", None),
     ]
     assert found[1].where == f"{path}, line 3" and found[1].prompt == [{"role": "user", "content": "b"}]
-    assert [e.number for e in chosen(found, None, 1)] == [0, 1, 3]
+    assert [e.number for e in chosen(found, None, 1)] == [0, 1, 3, 4]
     assert [e.number for e in chosen(found, ["y", "x"], None)] == [0, 2, 3]
-    with pytest.raises(UsageError, match="--task z: there are x, all, y"):
-        chosen(found, ["z"], None)
+    with pytest.raises(UsageError, match="--task no: there are x, all, y, z"):
+        chosen(found, ["no"], None)
 
 
 def test_a_digest_is_of_what_is_said_and_where(tmp_path):

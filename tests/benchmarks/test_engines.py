@@ -3,14 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from mlx.utils import tree_flatten
 
 from benchmarks import engines
 from benchmarks.engine import Setup, is_greedy
-from benchmarks.engines import ENGINES, require_possible
-from mlx_dgemma import stream_generate
+from benchmarks.engines import ENGINES, fingerprint, require_possible
+from mlx_dgemma import convert, stream_generate
 from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.errors import InputError, UsageError
-from tests.helpers import NANO_VOCAB, with_text, write_checkpoint
+from mlx_dgemma.loading import EMBEDDED
+from tests.helpers import NANO_VOCAB, random_model, with_text, write_checkpoint
 
 WIDE = {**with_text(vocab_size=NANO_VOCAB), "canvas_length": 12}  # nano's tokenizer fits, an end is rare
 
@@ -73,6 +75,22 @@ def test_what_other_engines_lack():
             require_possible(name, Setup(mode="ar"))
 
 
+def test_transformers_is_given_no_weights_of_mlx(tmp_path):
+    folder = convert("nano", tmp_path / "q4", quantize=True, progress=False)
+    with pytest.raises(InputError, match=r"quantised as MLX does, which transformers cannot read; .* --export hf"):
+        ENGINES["transformers"](Setup(model=str(folder)))
+
+
+def test_a_fingerprint_is_of_the_weights(tmp_path):
+    model = random_model(WIDE)
+    first = fingerprint(write_checkpoint(tmp_path / "a", WIDE, model))
+    assert fingerprint(write_checkpoint(tmp_path / "b", WIDE, model)) == first, "whatever the folder is called"
+    name, weight = tree_flatten(model.parameters())[-1]
+    model.load_weights([(name, weight + 0.01)], strict=False)
+    assert fingerprint(write_checkpoint(tmp_path / "a", WIDE, model)) != first
+    assert ENGINES["mlx_dgemma"](Setup()).facts()["weights"] == fingerprint(EMBEDDED)
+
+
 # --- all of them
 
 
@@ -106,6 +124,7 @@ def test_all_engines_know_the_answer_and_count_alike(all_engines):
         assert (answer.canvases, answer.encode_forwards, answer.tokens) == (1, 1, 4), name
         assert 2 <= answer.denoise_forwards <= 12 and engine.config.max_denoising_steps == 12, name
         assert engine.facts()["model"] == "nano" and engine.facts()["dtype"] == "float32", name
+        assert engine.facts()["weights"] == fingerprint(EMBEDDED), name
 
 
 @pytest.mark.reference

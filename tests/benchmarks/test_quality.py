@@ -156,7 +156,7 @@ def test_a_run_its_records_and_what_is_made_of_them(tmp_path, capsys):
     row = rows(printed)[-1]
     assert (row["seeds"], row["d, exact"]) == ("1", f"{sum(right) / 6:.3f}") and "steps a canvas" not in row
     assert row["verdict"].startswith("cannot tell 1 point: about ") and 0 < float(row["p"]) <= 1
-    assert "Fewer than 381 prompts" in printed and "p is nearly exact" in printed
+    assert "It takes 381 prompts to exclude" in printed and "p is nearly exact" in printed
     status, printed, _ = run(capsys, "--records", tmp_path / "a.json", out, "--plot", tmp_path / "both.svg")
     assert [row["task"] for row in rows(printed)] == ["reverse", "json", "all"]
     assert rows(printed)[2]["d: exact, 95 % interval"] == whole["exact, 95 % interval"]
@@ -245,6 +245,13 @@ def test_a_part_of_another_run_is_not_gone_on_with(interrupted, more, said, caps
     assert run(capsys, *argv, *more)[0] == 0
 
 
+def test_a_part_of_other_weights_is_not_gone_on_with(interrupted, capsys, monkeypatch):
+    argv, part = interrupted
+    monkeypatch.setattr(Counting, "facts", lambda self: {"model": "mine", "weights": "sha256 0"})
+    status, _, err = run(capsys, *argv)
+    assert status == 1 and f"{part}: was begun with model None, not 'mine'; " in err
+
+
 @pytest.mark.parametrize("text", ["no JSON\n", '{"schema": 2, "settings": {}}\n', '{"schema": 1}\n', "[]\n", "\xff\n"])
 def test_a_part_that_is_none_is_one_line(text, interrupted, capsys):
     argv, part = interrupted
@@ -280,10 +287,14 @@ BAD = {
     "both": (["--prompts", "{p}", "--records", "{r}"], 2, "not allowed with"),
     "no such file": (["--prompts", "/no/such"], 1, "/no/such: cannot be read"),
     "no such records": (["--records", "/no/such"], 1, "/no/such: cannot be read"),
+    "no answers": (["--records", "{none}"], 1, "it holds no answer"),
+    "against no answers": (["--records", "{r}", "--against", "{none}"], 1, "it holds no answer"),
     "no records": (["--records", "{p}"], 1, "not a file of records"),
     "a run of records": (["--records", "{r}", "--temp", "0.5"], 2, "temperature is an option of a run"),
     "a bad line": (["--prompts", "{bad}"], 1, 'line 1: "answer" must be the text'),
     "no seeds": (["--prompts", "{p}", "--seeds", "0"], 2, "--seeds must be in 1-1000, not 0"),
+    "a seed too large": (["--prompts", "{p}", "--seed", "1" + "0" * 30], 2, "--seed must be in 0-1000000000000, not"),
+    "a seed below 0": (["--prompts", "{p}", "--seed", "-1"], 2, "--seed must be in 0-1000000000000, not -1"),
     "no prompts": (["--prompts", "{p}", "--count", "0"], 2, "--count must be at least 1, not 0"),
     "no such task": (["--prompts", "{p}", "--task", "poems"], 2, "--task poems: there are reverse, json"),
     "no margin": (["--records", "{r}", "--margin", "0"], 2, "--margin is a share"),
@@ -309,7 +320,9 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
     argv, status, said = BAD[name]
     recorded(record()).write(tmp_path / "r.json")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
+    recorded().write(tmp_path / "none.json")
     places = {"{p}": prompts(tmp_path), "{r}": tmp_path / "r.json", "{bad}": tmp_path / "bad.jsonl"}
+    places["{none}"] = tmp_path / "none.json"
     result, out, err = run(capsys, *[places.get(word, word) for word in argv])
     assert (result, out) == (status, "") and err.count("\n") == 1 and said in err
 
@@ -387,6 +400,21 @@ def test_verdicts(ours, said):
     (row,) = rows(quality_report.table([rated(ours)], theirs, 0.01))
     assert row["verdict"].startswith(said)
     assert quality_report.shown_points(0.005) == "0.5 points"
+
+
+def test_a_task_may_be_called_all(tmp_path, capsys):
+    answers = [record(n, task="all" if n < 2 else "sums", right=n != 1) for n in range(4)]
+    recorded(*answers).write(tmp_path / "a.json")
+    recorded(*answers).write(tmp_path / "b.json")
+    both = ["--records", tmp_path / "a.json", tmp_path / "b.json"]
+    for argv in (both[:2], both, [*both[:2], "--against", both[2], "--plot", tmp_path / "a.svg"]):
+        status, printed, _ = run(capsys, *argv)
+        assert status == 0
+        assert [(row["task"], row["prompts"]) for row in rows(printed)] == [("all", "2"), ("sums", "2"), ("all", "4")]
+        shares = [next(cell for title, cell in row.items() if "exact, 95" in title)[:5] for row in rows(printed)]
+        assert shares == ["0.500", "1.000", "0.750"]
+    assert len(list(ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}circle"))) == 2 + 6
+    assert [task for task, _ in recorded(*answers[:2]).tasks] == ["all"]
 
 
 def test_a_margin_that_is_wide_is_told_by_few():
