@@ -66,26 +66,21 @@ def gated(inner, share):
 
 def norm(self, hidden):
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return (rms_norm(flat, self.weight) if self.with_scale else rms_norm_weightless(flat)).view(hidden.shape)
+    return rms_norm(flat, self.eps, self.weight if self.with_scale else None).view(hidden.shape)
 
 
 @compiled
-def rms_norm(hidden, weight):
+def rms_norm(hidden, eps, weight):
     x = hidden.float()
-    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight).to(hidden.dtype)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return (x if weight is None else x * weight).to(hidden.dtype)
 
 
-@compiled
-def rms_norm_weightless(hidden):
-    x = hidden.float()
-    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype)
-
-
-def grouped_attention(module, query, key, value, mask, **_):
+def grouped_attention(module, query, key, value, mask, *, scaling, **_):
     """Attention with the query heads of one key head side by side; mask (B, 1, Q, K), added."""
     batch, heads, queries, size = query.shape
     groups = key.shape[1]
-    side_by_side = query.reshape(batch, groups, heads // groups * queries, size)
+    side_by_side = (query * scaling).reshape(batch, groups, heads // groups * queries, size)
     scores = (side_by_side @ key.transpose(2, 3)).view(batch, heads, queries, -1)
     shares = torch.softmax(scores + mask.to(scores.dtype), dim=-1).to(value.dtype)
     mixed = shares.view(batch, groups, heads // groups * queries, -1) @ value

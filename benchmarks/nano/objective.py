@@ -58,8 +58,9 @@ def losses(
         with torch.no_grad():
             raw = denoise(model, noise.canvas[:count], batch.before[:count], first_rows(cache, count))
         previous[:count] = raw / noise.temperature[:count]
-        further = round(count * stepped)
-        noise.canvas[:further] = next_canvas(previous[:further], generator)
+        if further := round(count * stepped):
+            sampler = model.generation_config.sampler_config
+            noise.canvas[:further] = next_canvas(previous[:further], generator, sampler)
     is_fed = torch.arange(len(canvas), device=canvas.device) < count
     logits = denoise(model, noise.canvas, batch.before, cache, previous, is_fed)
     weight = canvas_weight(canvas, ends)
@@ -86,14 +87,14 @@ class Noise:
         self.temperature = (0.4 + 0.4 * torch.rand(shape[0], 1, 1, generator=generator)).to(device)
 
 
-def next_canvas(logits: torch.Tensor, generator: torch.Generator, entropy_bound: float = 0.1) -> torch.Tensor:
+def next_canvas(logits: torch.Tensor, generator: torch.Generator, config: EntropyBoundSamplerConfig) -> torch.Tensor:
     """The canvases (B, C) that the reference's sampler makes of tempered logits (B, C, V): draws where their entropies,
     summed from the lowest on, stay within the bound; random ids elsewhere."""
     *shape, size = logits.shape
     # on the CPU, where the generator is, so that a seed gives the same canvases on every device
     draw = torch.multinomial(logits.softmax(-1).flatten(0, 1).cpu(), 1, generator=generator).view(shape)
     random_ids = torch.randint(size, shape, generator=generator)
-    sampler = EntropyBoundSampler(EntropyBoundSamplerConfig(entropy_bound), shape[-1], size, max_denoising_steps=1)
+    sampler = EntropyBoundSampler(config, shape[-1], size, max_denoising_steps=1)
     return sampler.accept_canvas(random_ids.to(logits.device), draw.to(logits.device), logits, cur_step=1)
 
 

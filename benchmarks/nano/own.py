@@ -6,17 +6,16 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dgemma.errors import InputError
 
 from ..examples import read as read_examples
-from .example import messages_of
 from .rows import Row, encode
 
 
-def read(path: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> list[Row]:
-    """The rows of a file. Raises InputError naming the line that has no prompt or no answer."""
+def read(path: Path, tokenizer: TokenizerWrapper, end: int) -> list[Row]:
+    """The rows of a file. Raises InputError naming the line that has no prompt or no answer, or none that is text."""
     rows = []
     for example in read_examples(path):
         answer, thought = (example.fields.get(key) for key in ("answer", "thought"))
@@ -24,7 +23,11 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase, end: int) -> list[Row]:
             raise InputError(
                 f'{example.where}: "answer" must be the text to be learnt (and "thought", if there is one)'
             )
-        rows.append(encode(tokenizer, end, messages_of(example.prompt), answer, thought))
+        try:
+            f"{answer}{thought}".encode()  # half of a surrogate pair is JSON but no text
+            rows.append(encode(tokenizer, end, example.prompt, answer, thought))
+        except (InputError, UnicodeError) as error:
+            raise InputError(f"{example.where}: {error}") from None
     return rows
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_dgemma.prompt import Prompt, encode_prompt
 
 WIDTHS = (48, 64, 80, 96, 160, 256, 512)  # rows of about one length share a batch
 USUAL_WIDTH = 96
@@ -42,17 +44,18 @@ class Batch:
         return Batch(*(value.to(device) for value in (self.text, self.answered, self.before, self.canvas)))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, end: int, messages: list, answer: str, thought: str | None) -> Row:
-    """What the chat template makes of a conversation; a thought stands in its channel, before the answer."""
-    prompt = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=thought is not None, return_dict=False
-    )
+def encode(tokenizer: TokenizerWrapper, end: int, prompt: Prompt, answer: str, thought: str | None) -> Row:
+    """A prompt as generation encodes it, and its answer, before which a thought stands in its channel."""
     said = answer if thought is None else f"<|channel>thought\n{thought}<channel|>{answer}"
-    return Row(prompt, [*tokenizer(said, add_special_tokens=False).input_ids, end])
+    asked = encode_prompt(tokenizer, prompt, enable_thinking=thought is not None)
+    return Row(asked, [*tokenizer.encode(said, add_special_tokens=False), end])
 
 
 def batches(rows: Iterable[Row], size: int, canvas: int, pad: int, seed: int) -> Iterator[Batch]:
-    """Batches of `size` rows of USUAL_WIDTH, and of about as many positions at other widths."""
+    """Batches of `size` rows of USUAL_WIDTH, and of about as many positions at other widths.
+
+    Rows that wait for their batch to fill when a training stops are not trained on.
+    """
     rng = random.Random(seed)
     waiting: dict[int, list[Row]] = defaultdict(list)
     for row in rows:

@@ -9,20 +9,23 @@
 Own data are JSON lines {"prompt": text or chat messages, "answer": text, "thought": text if there is one}. Losses:
 cross-entropy of one random block of the answer as a noised canvas, and of the next token, see objective.py. Muon
 trains matrices, AdamW the rest. The folder holds the state of the training (state.pt, which may be deleted), its
-log and the checkpoint.
+log and the checkpoint, after Ctrl-C as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_dgemma.command import Parser, run_command
+from mlx_dgemma.drafter.training.prompts import contents
 from mlx_dgemma.errors import InputError, UsageError
+from mlx_dgemma.folders import resumable
 
 from .tasks import RUNGS, TASKS, tasks_to, training_stream
 
@@ -38,35 +41,46 @@ FEW_EXPERTS = 8  # up to so many, computing all of them is faster than choosing
 
 
 def _command(args: argparse.Namespace) -> None:
+    _require_sound(args)
     try:
         import torch
+
+        from .faster import faster_layers
+        from .rows import batches
+        from .trainer import STATE, Trainer
     except ImportError as error:
         raise InputError(f"training needs torch and transformers ({error}); pip install -e '.[reference]'") from None
 
-    from .faster import faster_layers
-    from .rows import batches
-    from .trainer import STATE, Trainer
-
-    _require_sound(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch has no CUDA here; use --device cpu")
     torch.manual_seed(args.seed)
-    model, tokenizer = _initial(args)
+    plan = _plan(args)
+    model, tokenizer = _initial(args, plan)
     if model.config.text_config.num_experts <= FEW_EXPERTS:
         faster_layers(model)
-    rows = _rows(args, tokenizer)
-    args.out.mkdir(parents=True, exist_ok=True)
     is_half = args.device == "cuda" if args.autocast is None else args.autocast == "bfloat16"
-    trainer = Trainer(model.to(args.device), tokenizer, _plan(args), args.out, args.device, is_half)
+    trainer = Trainer(model.to(args.device), tokenizer, plan, args.out, args.device, is_half)
     if (args.out / STATE).exists():
         trainer.resume()
     seed = args.seed * 1_000_003 + trainer.step  # a training that goes on meets new examples
+    rows = _rows(args.data, plan, tokenizer, seed)
     canvas, pad = args.canvas or model.config.canvas_length, model.generation_config.pad_token_id
-    trainer.run(batches(rows(seed), args.batch, canvas, pad, seed), args.minutes * 60, args.save_every)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with resumable(args.out, args.out):
+        trainer.run(batches(rows, args.batch, canvas, pad, seed), args.minutes * 60, args.save_every)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     from .trainer import Plan
 
+    is_own = args.data is not None
     return Plan(
+        init=args.init,
+        data=hashlib.sha256(contents(args.data)).hexdigest() if is_own else None,
+        shares=None if is_own else args.shares or {name: TASKS[name].share for name in tasks_to(args.rung)},
+        batch=args.batch,
+        canvas=args.canvas,
+        dtype=args.dtype or "float32",
         steps=args.steps,
         decay=args.steps // 4 if args.decay is None else args.decay,
         lr=args.lr,
@@ -79,17 +93,28 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _require_sound(args: argparse.Namespace) -> None:
-    if (args.rung is None) == (args.data is None):
-        raise UsageError("say what to train on: --rung N (nano's tasks) or --data FILE (your own)")
-    if args.data is not None and args.init is None:
-        raise UsageError("--data fine-tunes a checkpoint: say which one (--init)")
-    if min(args.steps, args.batch, 1 if args.canvas is None else args.canvas) < 1:
-        raise UsageError("--steps, --batch and --canvas must be 1 at least")
-    if not (0 <= args.self_conditioning <= 1 and 0 <= args.stepped <= 1):
-        raise UsageError("--self-conditioning and --stepped are shares, from 0 to 1")
+    """Raise UsageError for what cannot be done, or would be ignored."""
+    is_own, is_random = args.data is not None, args.init is None
+    counts = args.steps, args.batch, args.save_every, 1 if args.canvas is None else args.canvas
+    wrong = {
+        "say what to train on: --rung N (nano's tasks) or --data FILE (your own)": (args.rung is None) != is_own,
+        "--data fine-tunes a checkpoint: say which one (--init)": is_own and is_random,
+        "--shares is of nano's tasks (--rung), not of --data": is_own and args.shares is not None,
+        "--dtype is of the weights of --init; random ones are float32": is_random and args.dtype is not None,
+        "--steps, --batch, --save-every and --canvas must be 1 at least": min(counts) < 1,
+        "--decay is some of --steps, from 0 to all": not 0 <= (args.decay or 0) <= args.steps,
+        "--lr and --matrix-lr must be 0 at least": not (0 <= args.lr < math.inf and 0 <= args.matrix_lr < math.inf),
+        "--self-conditioning and --stepped are shares, from 0 to 1": not (
+            0 <= args.self_conditioning <= 1 and 0 <= args.stepped <= 1
+        ),
+        "--stepped is a share of the rows that --self-conditioning feeds": args.stepped > 0
+        and not args.self_conditioning,
+    }
+    if said := next((said for said, is_wrong in wrong.items() if is_wrong), None):
+        raise UsageError(said)
 
 
-def _initial(args: argparse.Namespace) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
+def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
@@ -103,8 +128,11 @@ def _initial(args: argparse.Namespace) -> tuple[DiffusionGemmaForBlockDiffusion,
         folder = resolve(args.init)
     else:
         return _random_nano(args.seed)
-    dtype = getattr(torch, args.dtype)
-    return DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=getattr(torch, plan.dtype))
+    needed = ["pad_token_id", "eos_token_id", *(["sampler_config"] if plan.stepped else [])]
+    if missing := next((name for name in needed if getattr(model.generation_config, name) is None), None):
+        raise InputError(f"{folder / 'generation_config.json'} has no {missing}, which training needs")
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _random_nano(seed: int) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
@@ -121,29 +149,34 @@ def _random_nano(seed: int) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrained
     return model, tokenizer
 
 
-def _rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Iterator[Row]]:
-    """By seed: endless rows of nano's tasks or of the user's own data."""
+def _rows(data: Path | None, plan: Plan, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[Row]:
+    """Endless rows of nano's tasks or of the user's own data."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from .own import endless, read
     from .rows import encode
     from .tokenizer import TURN_END
 
     (end,) = tokenizer.convert_tokens_to_ids([TURN_END])
-    if args.data is not None:
-        from .own import endless, read
-
-        own = read(args.data, tokenizer, end)
-        return lambda seed: endless(own, seed)
-    shares = args.shares or {name: TASKS[name].share for name in tasks_to(args.rung)}
-    return lambda seed: (
-        encode(tokenizer, end, example.messages, example.answer, example.thought)
-        for example in training_stream(seed, shares)
+    wrapped = TokenizerWrapper(tokenizer)
+    if data is not None:
+        return endless(read(data, wrapped, end), seed)
+    return (
+        encode(wrapped, end, example.prompt, example.answer, example.thought)
+        for example in training_stream(seed, plan.shares)
     )
 
 
 def parse_shares(text: str) -> dict[str, float]:
     """`json=0.2,sudoku=0.4` -> shares by task."""
-    shares = {task: float(share) for task, _, share in (part.partition("=") for part in text.split(","))}
+    try:
+        shares = {task: float(share) for task, _, share in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write json=0.2,sudoku=0.4, not {text!r:.80}") from None
     if unknown := next((task for task in shares if task not in TASKS), None):
         raise argparse.ArgumentTypeError(f"no task {unknown}: there are {', '.join(TASKS)}")
+    if min(shares.values()) < 0 or not 0 < sum(shares.values()) < math.inf:
+        raise argparse.ArgumentTypeError(f"shares are numbers from 0 on, not all 0, not {text!r:.80}")
     return shares
 
 
@@ -168,7 +201,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--self-conditioning", type=float, default=0.4, help="share of rows fed a first pass (default: 0.4)")
     add("--stepped", type=float, default=0.0, help="share of those that go on from the sampler's own next canvas (0)")
     add("--freeze", nargs="+", default=[], metavar="NAME", help="keep parameters with this in their name as they are")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights of --init (float32)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the weights of --init (float32)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     add("--save-every", type=int, default=500, metavar="STEPS", help="(default: 500)")
     add("--seed", type=int, default=0, help="(default: 0)")

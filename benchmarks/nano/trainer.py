@@ -5,30 +5,45 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase
 
+from mlx_dgemma.drafter.training.workspace import changes_in_words, write_atomically
+from mlx_dgemma.errors import UsageError
+from mlx_dgemma.folders import sync
+
 from .objective import losses
-from .optimizer import Optimizers, all_layers, schedule
+from .optimizer import Optimizers, schedule
 from .rows import Batch
 
-STATE, LOG = "state.pt", "training.jsonl"
+STATE, LOG, GROWING = "state.pt", "training.jsonl", ".growing"
 KEPT = 0.98  # of a running mean, a step
+WAIT = b"\nthis step is finished and saved first; Ctrl-C again stops at once\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Steps of the whole run and what they do; learning rates are those between warm-up and decay."""
+    """All that makes a run, by option: it goes on with the same alone."""
 
-    steps: int
+    init: str | None
+    data: str | None  # SHA-256 of the file
+    shares: dict[str, float] | None  # by task, without own data
+    batch: int
+    canvas: int | None
+    dtype: str  # of the weights
+    steps: int  # of the whole run
     decay: int  # the last steps, over which the learning rates go down to 0
-    lr: float
+    lr: float  # this one and the next between warm-up and decay
     matrix_lr: float
     self_conditioning: float  # share of rows that are fed
     stepped: float  # share of those whose canvas is the sampler's next
@@ -39,7 +54,7 @@ class Plan:
 class Trainer:
     """
     Args:
-        out: folder of the state, the log and at last the checkpoint.
+        out: folder of the state, the log and the checkpoint.
         device: that the model is on, cpu or cuda.
         autocast: whether products are computed in bfloat16.
     """
@@ -58,22 +73,24 @@ class Trainer:
         self.autocast = autocast
         self.step = 0
         self._ends = torch.tensor(model.generation_config.eos_token_id, device=device)
+        self._saved: int | None = None  # the step of the state in `out`
         self._means: dict[str, float] = {}
 
     def run(self, batches: Iterator[Batch], seconds: float, save_every: int) -> None:
-        """Train to the last step, or for so many seconds; the state is saved either way."""
+        """Train to the last step, for so many seconds, or until Ctrl-C; the state is saved in every case."""
         started, bar = time.monotonic(), tqdm(total=self.plan.steps, initial=self.step, unit="step", mininterval=10)
-        while self.step < self.plan.steps and time.monotonic() - started < seconds:
-            self.step += 1
-            self._update(next(batches).to(self.device))
-            bar.update()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in self._means.items()}, refresh=False)
-            if self.step % 50 == 0:
-                self._note(time.monotonic() - started)
-            if self.step % save_every == 0:
+        with bar, deferred_interrupt() as is_interrupted:
+            while self.step < self.plan.steps and time.monotonic() - started < seconds and not is_interrupted():
+                self.step += 1
+                self._update(next(batches).to(self.device))
+                bar.update()
+                bar.set_postfix({name: f"{value:.3f}" for name, value in self._means.items()}, refresh=False)
+                if self.step % 50 == 0:
+                    self._note(time.monotonic() - started)
+                if self.step % save_every == 0:
+                    self.save()
+            if self.step != self._saved:
                 self.save()
-        bar.close()
-        self.save()
 
     def _update(self, batch: Batch) -> None:
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
@@ -90,38 +107,67 @@ class Trainer:
             log.write(json.dumps({"step": self.step, "seconds": round(seconds, 1), **self._means}) + "\n")
 
     def save(self) -> None:
-        """The state from which training goes on, and the checkpoint as it is now."""
+        """The checkpoint as it is now, and then the state: with any checkpoint of its run a state goes on."""
+        save_checkpoint(self.model, self.tokenizer, self.out)
         state = {
             "step": self.step,
             "plan": asdict(self.plan),
             "means": self._means,
-            "parameters": {name: p.detach() for name, p in self._trained()},
-            "scalars": [layer.layer_scalar.detach() for layer in all_layers(self.model)],
             "optimizers": self.optimizers.state_dict(),
         }
-        part = self.out / f"{STATE}.part"
-        torch.save(state, part)
-        os.replace(part, self.out / STATE)
-        save_checkpoint(self.model, self.tokenizer, self.out)
+        write_atomically(self.out / STATE, lambda path: torch.save(state, path))
+        self._saved = self.step
 
     def resume(self) -> None:
-        """Go on from the state in `out`."""
-        state = torch.load(self.out / STATE, map_location=self.device, weights_only=True)
+        """Go on from the state in `out`. Raises UsageError for that of another run."""
+        path = self.out / STATE
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if changes := changes_in_words(by_option(asdict(self.plan)), by_option(state["plan"])):
+            raise UsageError(
+                f"{path}: was begun with other {changes}; give the same again to go on, or remove it to begin anew, "
+                "or name another --out"
+            )
         self.step, self._means = state["step"], state["means"]
         self.optimizers.load_state_dict(state["optimizers"])
-        with torch.no_grad():
-            for name, p in self._trained():
-                p.copy_(state["parameters"][name])
-            for layer, scalar in zip(all_layers(self.model), state["scalars"], strict=True):
-                layer.layer_scalar.copy_(scalar)
+        self._saved = self.step
 
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+def by_option(plan: dict[str, Any]) -> dict[str, Any]:
+    """As the command line calls its parts."""
+    return {f"--{name.replace('_', '-')}": value for name, value in plan.items()}
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the block only when it is done, and meanwhile is told; a second one ends it at once."""
+    caught = []
+
+    def catch(number: int, _: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, usual)
+        os.write(2, WAIT)  # print is not reentrant
+
+    usual = signal.signal(signal.SIGINT, catch)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def save_checkpoint(model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the Hugging Face layout in bf16."""
+    """Write the Hugging Face layout in bf16; its files take their places when all are whole."""
+    growing = out / GROWING
+    shutil.rmtree(growing, ignore_errors=True)
     is_half = model.dtype == torch.bfloat16
     half = model if is_half else copy.deepcopy(model).to(torch.bfloat16)
-    half.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    half.save_pretrained(growing)
+    tokenizer.save_pretrained(growing)
+    files = list(growing.iterdir())
+    for path in files:
+        sync(path)
+        os.replace(path, out / path.name)
+    growing.rmdir()
+    for path in set(out.glob("model*.safetensors*")) - {out / path.name for path in files}:
+        path.unlink()  # of another model that was there, cut otherwise

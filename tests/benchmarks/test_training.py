@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks.nano import train
 from benchmarks.nano.example import Example
+from mlx_dgemma.errors import InputError, UsageError
 
 pytestmark = pytest.mark.reference
 
@@ -128,6 +130,10 @@ def test_faster_layers_compute_the_same(loaded):
     from benchmarks.nano.faster import faster_layers
 
     model, tokenizer = loaded
+    for module in model.modules():  # what they are is read, not known
+        for name, other in (("eps", 0.1), ("scaling", 0.7)):
+            if hasattr(module, name):
+                setattr(module, name, other)
     _, batch = batch_of(tokenizer, *LENGTHS)
     hidden, logits = seen(model, batch)
     faster_layers(model)
@@ -170,7 +176,8 @@ def test_a_canvas_is_taken_a_step_further_as_the_sampler_takes_it():
         sampler = reference.EntropyBoundSampler(config, 24, vocabulary, 48)
         return sampler.accept_canvas(torch.full_like(best, -1), best, logits, 48) >= 0
 
-    drawn = torch.stack([next_canvas(logits, generator) for _ in range(200)])
+    config = reference.EntropyBoundSamplerConfig(entropy_bound=0.1)
+    drawn = torch.stack([next_canvas(logits, generator, config) for _ in range(200)])
     kept = (drawn == best).float().mean(0) > 0.05  # by chance 1 in 200 is the likeliest
     assert kept.equal(kept_by_reference(0.1)) and not kept.equal(kept_by_reference(2.0))
     assert 3 < kept.sum() < 3 * 24
@@ -183,9 +190,14 @@ def test_a_share_of_the_fed_rows_goes_on_from_the_next_canvas(loaded, monkeypatc
     from benchmarks.nano import objective
 
     model, tokenizer = loaded
+    model.generation_config.sampler_config.entropy_bound = 0.7
     _, batch = batch_of(tokenizer, *LENGTHS)
     given, denoise = [], objective.denoise
-    monkeypatch.setattr(objective, "next_canvas", lambda logits, _: torch.full(logits.shape[:-1], 7))
+
+    def step_on(logits, _, config):
+        return torch.full(logits.shape[:-1], round(10 * config.entropy_bound))
+
+    monkeypatch.setattr(objective, "next_canvas", step_on)
     monkeypatch.setattr(objective, "denoise", lambda *a: given.append(a[1].clone()) or denoise(*a))
     with torch.no_grad():
         objective.losses(model, batch, torch.tensor([6]), 1.0, torch.Generator().manual_seed(0), stepped)
@@ -243,6 +255,59 @@ def test_muon_moves_each_matrix_of_a_stack_on_its_own(monkeypatch):
     assert singular.shape == (3, 8) and 0.5 < singular.min() < singular.max() < 1.5
 
 
+def small_model(**tensors):
+    """Parameters in bfloat16, and a layer scalar."""
+    import torch
+
+    model = torch.nn.Module()
+    for name, value in tensors.items():
+        model.register_parameter(name, torch.nn.Parameter(value.bfloat16()))
+    model.register_buffer("layer_scalar", torch.ones(1).bfloat16())
+    return model
+
+
+def optimized(model, steps, state=None, **options):
+    """The optimizers after some steps of gradients of 1; each moves a weight by about a hundredth of what rounds up."""
+    import torch
+
+    from benchmarks.nano.optimizer import Optimizers
+
+    optimizers = Optimizers(model, lr=4e-5, matrix_lr=4e-4, **options)
+    if state is not None:
+        optimizers.load_state_dict(state)
+    for _ in range(steps):
+        for p in (*model.parameters(), *model.buffers()):
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizers.step(1.0)
+    return optimizers
+
+
+def test_updates_that_bfloat16_would_round_away_add_up():
+    import torch
+
+    start = {"q_proj": torch.eye(4) + 1, "norm": torch.ones(4)}
+    whole, part, rest = (small_model(**start) for _ in range(3))
+    optimized(whole, 400)
+    for name, before in (*start.items(), ("layer_scalar", torch.ones(1))):
+        after = getattr(whole, name)
+        assert after.dtype == torch.bfloat16 and (after < before).all(), name
+    optimized(rest, 300, optimized(part, 100).state_dict())
+    assert all(getattr(rest, name).equal(getattr(whole, name)) for name in (*start, "layer_scalar"))
+
+
+def test_what_is_frozen_is_named_and_something_is_left():
+    import torch
+
+    model = small_model(q_proj=torch.eye(4), norm=torch.ones(4))
+    model.tied = model.norm
+    optimized(model, 400, freeze=("layer_scalar", "tied"))
+    assert model.layer_scalar.item() == 1 and (model.norm == 1).all()
+    assert not model.q_proj.equal(torch.eye(4).bfloat16())
+    for freeze, said in ((("q_proj", "poem"), "--freeze poem"), (("q_", "norm", "layer_"), "nothing to train")):
+        with pytest.raises(UsageError, match=said):
+            optimized(model, 0, freeze=freeze)
+
+
 def test_canvases_may_be_shorter_to_begin_with():
     from benchmarks.nano.rows import batches
 
@@ -294,18 +359,136 @@ def test_what_was_fine_tuned_answers_here(tuned):
     assert generate(model, tokenizer, OWN[0]["prompt"], mode="ar", temperature=0.0) == OWN[0]["answer"]
 
 
-def test_a_training_goes_on_where_it_stopped(begun, tmp_path):
-    out = tmp_path / "nano"
-    shutil.copytree(begun, out)
-    train.main(["--rung", "1", "--steps", "2", "--batch", "2", "--out", str(out)])
+@pytest.fixture
+def ended(capsys):
+    """(status, what is said) of the command, in this process."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def call(arguments):
+        status = 0
+        try:
+            train.main(arguments)
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err
+
+    yield call
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def stopped(begun, tmp_path, monkeypatch, ended):
+    """The arguments of a training that Ctrl-C stopped in the midst of the first of three steps, and its folder."""
+    from benchmarks.nano.trainer import Trainer
+
+    out, update = tmp_path / "stopped", Trainer._update
+    command = ["--init", str(begun), "--rung", "1", "--steps", "3", "--batch", "2", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", lambda *a: (signal.raise_signal(signal.SIGINT), update(*a)))
+        status, said = ended(command)
+    assert status == 130 and said.splitlines()[-2:] == [
+        f"{out}: what is done stays in {out}, the same command goes on from there",
+        "benchmarks.nano.train: interrupted",
+    ]
+    return command, out
+
+
+def state_of(out):
+    """The step of the state, and its weights."""
     import torch
 
     state = torch.load(out / "state.pt", weights_only=True)
-    assert state["step"] == 2
-    moved = [value.abs().max() for value in state["optimizers"][0]["state"][0].values() if value.ndim > 1]
-    assert moved and not tensors(begun)["model.decoder.embed_tokens.weight"].equal(
-        tensors(out)["model.decoder.embed_tokens.weight"]
-    )
+    return state["step"], state["optimizers"]["weights"]
+
+
+def test_ctrl_c_saves_a_whole_step_and_the_same_command_goes_on(begun, stopped, ended, monkeypatch):
+    from benchmarks.nano import trainer
+
+    command, out = stopped
+    step, weights = state_of(out)
+    first = tensors(out)
+    both = [name for name in first if name in weights]  # ties have one name here and another there
+    assert step == 1 and both and all(first[name].equal(weights[name].bfloat16()) for name in both)
+    assert not first["model.decoder.embed_tokens.weight"].equal(tensors(begun)["model.decoder.embed_tokens.weight"])
+    saved, save = [], trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *a: (saved.append(1), save(*a)))
+    assert ended([*command, "--save-every", "1", "--minutes", "9"])[0] == 0
+    assert state_of(out)[0] == 3 and len(saved) == 2, "the last step is saved once"
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    from benchmarks.nano.trainer import deferred_interrupt
+
+    usual, passed = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as is_interrupted:
+        assert not is_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        passed.append(is_interrupted())
+        signal.raise_signal(signal.SIGINT)
+        passed.append("not reached")
+    assert passed == [True] and signal.getsignal(signal.SIGINT) is usual
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "state"])
+def test_a_save_that_fails_leaves_what_goes_on(stopped, ended, monkeypatch, part):
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    command, out = stopped
+    before, step = tensors(out), state_of(out)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            *((PreTrainedTokenizerBase, "save_pretrained") if part == "checkpoint" else (torch, "save")), fail
+        )
+        status, said = ended(command)
+    assert status == 1 and "No space left" in said.splitlines()[-1]
+    after = tensors(out)
+    assert state_of(out)[0] == step and after.keys() == before.keys()
+    assert all(after[name].equal(before[name]) for name in before) is (part == "checkpoint")
+    assert ended(command)[0] == 0 and state_of(out)[0] == 3
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--lr", "1e-3", "--batch", "3"], "--batch and --lr"),
+        (["--steps", "4", "--decay", "0"], "--steps"),
+        (["--rung", "2"], "--shares"),
+        (["--init", "nano"], "--init"),
+        (["--seed", "1", "--dtype", "bfloat16"], "--dtype and --seed"),
+    ],
+)
+def test_another_training_does_not_go_on(stopped, ended, changed, said):
+    command, out = stopped
+    before = (out / "state.pt").read_bytes()
+    status, err = ended([*command, *changed])
+    assert status == 2 and f"state.pt: was begun with other {said}; give the same" in err.splitlines()[-1]
+    assert (out / "state.pt").read_bytes() == before
+
+
+def test_a_fine_tuning_does_not_go_on_with_other_data(begun, tuned, tmp_path, ended):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "a", "answer": "b"}\n')
+    command = ["--init", str(begun), "--data", str(own), "--freeze", "router", "experts", "--batch", "4"]
+    status, err = ended([*command, "--steps", "25", "--decay", "5", "--out", str(tuned)])
+    assert status == 2 and "was begun with other --data;" in err
+
+
+def test_without_a_sampler_no_canvas_is_taken_further(begun, tmp_path, ended):
+    other = tmp_path / "other"
+    shutil.copytree(begun, other)
+    path = other / "generation_config.json"
+    config = json.loads(path.read_text())
+    del config["sampler_config"]
+    path.write_text(json.dumps(config))
+    command = ["--init", str(other), "--rung", "1", "--steps", "1", "--stepped", "0.5", "--out", str(tmp_path / "out")]
+    status, said = ended(command)
+    assert status == 1
+    assert said.splitlines()[-1] == f"benchmarks.nano.train: {path} has no sampler_config, which training needs"
 
 
 @pytest.mark.parametrize(
@@ -317,12 +500,27 @@ def test_a_training_goes_on_where_it_stopped(begun, tmp_path):
         (["--steps", "0", "--rung", "1"], "--steps", 2),
         (["--steps", "1", "--rung", "1", "--canvas", "0"], "--canvas", 2),
         (["--steps", "1", "--rung", "1", "--stepped", "1.5"], "--stepped", 2),
+        (["--steps", "1", "--rung", "1", "--stepped", "0.5", "--self-conditioning", "0"], "--stepped", 2),
+        (["--steps", "1", "--rung", "1", "--save-every", "0"], "--save-every", 2),
+        (["--steps", "5", "--rung", "1", "--decay", "-1"], "--decay", 2),
+        (["--steps", "5", "--rung", "1", "--decay", "6"], "--decay", 2),
+        (["--steps", "1", "--rung", "1", "--lr", "nan"], "--lr", 2),
+        (["--steps", "1", "--rung", "1", "--dtype", "bfloat16"], "--dtype", 2),
+        (["--steps", "1", "--init", "nano", "--data", "x", "--shares", "json=1"], "--shares", 2),
         (["--steps", "1", "--rung", "1", "--shares", "poem=1"], "no task poem", 2),
+        (["--steps", "1", "--rung", "1", "--shares", "json=0"], "not all 0", 2),
+        (["--steps", "1", "--rung", "1", "--shares", "json=2,edit=-1"], "from 0 on", 2),
+        (["--steps", "1", "--rung", "1", "--shares", "json=nan"], "from 0 on", 2),
+        (["--steps", "1", "--rung", "1", "--shares", "json"], "write json=0.2", 2),
+        (["--steps", "1", "--rung", "1", "--device", "cuda"], "no CUDA", 2),
         (["--steps", "1", "--init", "nano", "--data", "/missing.jsonl"], "cannot be read", 1),
         (["--steps", "1", "--init", "/missing", "--rung", "1"], "/missing", 1),
     ],
 )
-def test_bad_input_is_one_line(arguments, said, status, tmp_path, capsys):
+def test_bad_input_is_one_line(arguments, said, status, tmp_path, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         train.main([*arguments, "--out", str(tmp_path / "out")])
     assert ended.value.code == status
@@ -330,27 +528,49 @@ def test_bad_input_is_one_line(arguments, said, status, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_torch_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_without_torch_one_line_says_what_to_install(missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "benchmarks.nano.faster", raising=False)
     with pytest.raises(SystemExit) as ended:
         train.main(["--rung", "1", "--steps", "1", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.count("\n") == 1 and "pip install" in said
 
 
-def test_a_line_without_an_answer_is_named(begun, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "c"}', '"answer" must be'),
+        ('{"prompt": "c", "answer": "\\ud800"}', "surrogates"),
+        ('{"prompt": "\\ud800", "answer": "d"}', "not text"),
+        ('{"messages": [{"role": "user"}], "answer": "d"}', "'role' and 'content'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}], "answer": "d"}', "holds image"),
+    ],
+)
+def test_a_line_that_cannot_be_learnt_is_named(loaded, tmp_path, line, said):
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from benchmarks.nano.own import read
+
     path = tmp_path / "own.jsonl"
-    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
-    with pytest.raises(SystemExit):
-        train.main(["--init", str(begun), "--data", str(path), "--steps", "1", "--out", str(tmp_path / "out")])
-    assert f"{path}, line 2" in capsys.readouterr().err
+    path.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(InputError, match=f"{path}, line 2: .*{said}"):
+        read(path, TokenizerWrapper(loaded[1]), 6)
 
 
-def test_thoughts_are_rendered_in_their_channel(loaded):
+@pytest.mark.parametrize("thought", [None, "one more"])
+def test_prompts_are_those_of_generation_and_thoughts_stand_in_their_channel(begun, loaded, thought):
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from benchmarks.nano.rows import encode
+    from mlx_dgemma import load
+    from mlx_dgemma.prompt import encode_prompt
 
     _, tokenizer = loaded
-    example = Example(task="t", prompt="1 + 1", answer="2", keys=("k",), thought="one more")
-    row = encode(tokenizer, 6, example.messages, example.answer, example.thought)
-    assert "<|think|>" in tokenizer.decode(row.prompt)
-    assert tokenizer.decode(row.answer) == "<|channel>thought\none more<channel|>2<turn|>"
+    example = Example(task="t", prompt="1 + 1", answer="2", keys=("k",), thought=thought)
+    row = encode(TokenizerWrapper(tokenizer), 6, example.prompt, example.answer, example.thought)
+    assert row.prompt == encode_prompt(load(str(begun))[1], "1 + 1", enable_thinking=thought is not None)
+    assert ("<|think|>" in tokenizer.decode(row.prompt)) is (thought is not None)
+    before = "" if thought is None else "<|channel>thought\none more<channel|>"
+    assert tokenizer.decode(row.answer) == before + "2<turn|>"
