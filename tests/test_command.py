@@ -9,7 +9,7 @@ import pytest
 
 from mlx_dgemma import __main__ as dispatcher
 from mlx_dgemma import display
-from tests.helpers import screen, write_checkpoint
+from tests.helpers import NANO_VOCAB, screen, write_checkpoint
 from tests.test_loading import point_outside, truncate
 
 main = sys.modules["mlx_dgemma.generate"].main
@@ -108,7 +108,7 @@ BAD = {
     "negative width": (["--mode", "ar", "--drafter", "lookup", "--draft-width", "-1"], 2, "draft_width"),
     "width alone": (["--mode", "ar", "--draft-width", "4"], 2, "draft_width needs a drafter"),
     "temperature below 0": (["--mode", "ar", "--temp", "-1"], 2, "temperature must not be negative"),
-    "bias outside": (["--mode", "ar", "--logit-bias", '{"5000": 1}'], 2, "id 5000; the vocabulary has ids 0-778"),
+    "bias outside": (["--mode", "ar", "--logit-bias", '{"5000": 1}'], 2, f"vocabulary has ids 0-{NANO_VOCAB - 1}"),
     "canvas in ar mode": (["--mode", "ar", "--show-denoising"], 2, "--show-denoising is an option of diffusion mode"),
     "picture in ar mode": (["--mode", "ar", "--denoising-svg", "x"], 2, "--denoising-svg is an option of diffusion"),
     "picture without a folder": (["--denoising-svg", "/no/such/x.svg"], 2, "/no/such is not a folder; create it first"),

@@ -87,9 +87,11 @@ def _tasks(args: argparse.Namespace) -> list[str]:
         if unknown is not None:
             raise UsageError(f"{flag} {unknown}: there are {', '.join(TASKS)}")
     wanted = args.task or tasks_to(args.rung or RUNGS[0])
+    if args.split == TRAIN:
+        wanted = [task for task in wanted if TASKS[task].share]
     tasks = [task for task in TASKS if task in wanted and task not in args.leave_out]
     if not tasks:
-        raise UsageError("--leave-out leaves no task")
+        raise UsageError("no task is left" + " that is trained on" * (args.split == TRAIN))
     return tasks
 
 

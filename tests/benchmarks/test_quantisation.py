@@ -87,7 +87,7 @@ def test_a_difference_is_in_points_and_paired():
 
 
 def test_tasks_are_those_that_nano_has_learnt():
-    assert set(TASKS) == {"json", "edit", "function", "sudoku", "reverse"}
+    assert set(TASKS) == {"json", "extract", "edit", "function", "sudoku", "reverse"}
 
 
 BAD = {

@@ -188,11 +188,16 @@ def test_removed_lines_put_back_do_what_is_described():
 
 def test_small_puzzles_have_one_solution_of_288_grids():
     assert len(sudoku.grids()) == len(set(sudoku.grids())) == 288
-    for example in some("sudoku"):
+    for example in some("sudoku") + some("minimal"):
         puzzle = example.prompt.removeprefix("sudoku ").replace(" ", "")
         fitting = [g for g in sudoku.grids() if all(p in (".", d) for p, d in zip(puzzle, g, strict=True))]
         assert fitting == [example.answer.replace("\n", "")] and sudoku.solutions(puzzle) == 1
-        assert 4 <= puzzle.count(".") <= 9
+        if example.task == "sudoku":
+            assert 4 <= puzzle.count(".") <= 9
+            continue
+        for cell in range(16):
+            fewer = puzzle[:cell] + "." + puzzle[cell + 1 :]
+            assert puzzle[cell] == "." or sudoku.solutions(fewer) > 1, "a given could be left out"
     assert sudoku.solutions("." * 16) == 288 and sudoku.solutions("11" + "." * 14) == 0
 
 
@@ -263,6 +268,7 @@ GOLDEN = {
     "table": "01a4dc0d56e1",
     "story": "755c0041d870",
     "chat": "1f39e1bb846d",
+    "minimal": "294b7590ac67",
     "sudoku9": "4b69e0ccf50c",
 }
 
@@ -290,7 +296,7 @@ def found_in(example: Example) -> list[str]:
     keys = [object_key(json.loads(text)) for said in texts for text in re.findall(r"\{[^{}]*\}", said)]
     if example.task == "chat" and not keys:
         keys.append("introduction " + " ".join(sorted(texts[:-2:2])))
-    if example.task in ("sudoku", "sudoku9"):
+    if example.task in ("sudoku", "minimal", "sudoku9"):
         keys.append("grid " + example.answer.replace("\n", ""))
     if example.task in ("count", "arithmetic"):
         keys.append(example.prompt)
@@ -336,7 +342,7 @@ def test_streams_are_fixed_by_their_seeds_and_have_what_is_asked_for():
 
 
 def test_rungs_add_tasks():
-    assert [len(tasks_to(rung)) for rung in RUNGS] == [9, 13, 15, 16] and tasks_to(RUNGS[-1]) == list(TASKS)
+    assert [len(tasks_to(rung)) for rung in RUNGS] == [10, 14, 16, 17] and tasks_to(RUNGS[-1]) == list(TASKS)
 
 
 def test_some_answers_take_more_than_two_canvases():

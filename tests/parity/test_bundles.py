@@ -93,10 +93,10 @@ def test_in_bfloat16_decisions_are_reported_beside_the_references_own(report):
 def test_the_floor_is_the_references_own_error_but_a_rounding_at_least(name, epsilon):
     recorded = bundles.read(BUNDLES / name)
     for name, facts in recorded.facts["floors"].items():
-        floor, own, one = recorded.floor(name), recorded.own(name), epsilon * (4 if name.endswith("/soft") else 1)
+        floor, own = recorded.floor(name), recorded.own(name)
         typical = np.sqrt(np.mean(recorded.arrays[name] ** 2)) if epsilon > 2**-20 else facts["scale"]
-        assert floor.rms == max(own.rms, one * typical)
-        assert floor.max == max(own.max, one * facts["scale"])
+        assert floor.rms == max(own.rms, epsilon * typical)
+        assert floor.max == max(own.max, epsilon * facts["scale"])
 
 
 def test_the_references_own_error_is_that_of_another_kernel_too():

@@ -44,8 +44,18 @@ def rows(cells: str) -> list[str]:
 
 def sudoku(rng: random.Random) -> Example:
     """A 4x4 with 4 to 9 blanks -> its grid."""
+    return _small(rng, "sudoku", 4, 9)
+
+
+def minimal(rng: random.Random) -> Example:
+    """A 4x4 of which no given can be left out, most with 11 or 12 blanks -> its grid."""
+    return _small(rng, "minimal", 16, 16)
+
+
+def _small(rng: random.Random, task: str, fewest: int, most: int) -> Example:
+    """A 4x4 with so many blanks, or as many as leave one solution."""
     grid = rng.choice(grids())
-    cells, blanks = list(grid), rng.randint(4, 9)
+    cells, blanks = list(grid), rng.randint(fewest, most)
     for cell in rng.sample(range(16), 16):
         if cells.count(BLANK) == blanks:
             break
@@ -53,9 +63,7 @@ def sudoku(rng: random.Random) -> Example:
         if solutions("".join(cells)) > 1:
             cells[cell] = kept
     request = "sudoku " + " ".join(rows("".join(cells)))
-    return Example(
-        task="sudoku", prompt=request, answer="\n".join(rows(grid)), keys=("grid " + grid,), checker="sudoku"
-    )
+    return Example(task=task, prompt=request, answer="\n".join(rows(grid)), keys=("grid " + grid,), checker="sudoku")
 
 
 def sudoku9(rng: random.Random) -> Example:
