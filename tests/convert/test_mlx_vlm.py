@@ -46,7 +46,8 @@ def differences(folder: Path, theirs: Path | None = None) -> dict[str, float]:
     ours, theirs = load_model(folder, dtype=mx.float32), load(theirs or folder)
     theirs.set_dtype(mx.float32)
     chance, vocab = np.random.default_rng(0), ours.config.vocab_size
-    text, canvas = (mx.array(chance.integers(3, vocab, (1, n))) for n in (300, ours.config.canvas_length))
+    # from 13 on: nano's ids of images, before that, mlx-vlm embeds as pads
+    text, canvas = (mx.array(chance.integers(13, vocab, (1, n))) for n in (300, ours.config.canvas_length))
     cache, their_cache = ours.make_cache(), theirs.make_cache()
 
     def head(hidden: mx.array) -> mx.array:
