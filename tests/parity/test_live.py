@@ -37,6 +37,9 @@ def test_recorded_now_and_repeated(record, name, tmp_path):
     assert report.passed, report.table()
 
 
+TWO_CANVASES = "<bos><|turn>user\ncount 12 to 90<turn|>\n<|turn>model\n12 13"
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_the_embedded_checkpoint_recorded_now_and_repeated(record, tmp_path, dtype):
     """On every device that is here, which holds no more than the model and 1 GB."""
@@ -44,7 +47,7 @@ def test_the_embedded_checkpoint_recorded_now_and_repeated(record, tmp_path, dty
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() and dtype != "float64" else ("cpu",):
         out = tmp_path / device
-        facts = record.record_checkpoint("nano", out, device=device, dtype=dtype, prompt="python total(values)")
+        facts = record.record_checkpoint("nano", out, device=device, dtype=dtype, prompt=TWO_CANVASES)
         report = check(out)
         assert report.passed, report.table()
         assert facts["dtype"] == dtype and (facts["device_bytes_beside_model"] or {}).get("walks", 0) <= 1e9
