@@ -81,17 +81,18 @@ def _count(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:
-    """Raises UsageError for one that is not there, and if none is left."""
+    """Raises UsageError for one that is not there or not trained on, and if none is left."""
     for flag, names in (("--task", args.task or ()), ("--leave-out", args.leave_out)):
         unknown = next((name for name in names if name not in TASKS), None)
         if unknown is not None:
             raise UsageError(f"{flag} {unknown}: there are {', '.join(TASKS)}")
-    wanted = args.task or tasks_to(args.rung or RUNGS[0])
-    if args.split == TRAIN:
-        wanted = [task for task in wanted if TASKS[task].share]
+    is_asked = {task for task, its in TASKS.items() if its.share or args.split != TRAIN}
+    if args.task and (never := next((task for task in args.task if task not in is_asked), None)):
+        raise UsageError(f"--task {never}: is never trained on; say --split test or validation")
+    wanted = is_asked.intersection(args.task or tasks_to(args.rung or RUNGS[0]))
     tasks = [task for task in TASKS if task in wanted and task not in args.leave_out]
     if not tasks:
-        raise UsageError("no task is left" + " that is trained on" * (args.split == TRAIN))
+        raise UsageError("--leave-out leaves no task")
     return tasks
 
 

@@ -203,7 +203,7 @@ def test_a_difference_of_correlated_seeds_is_covered():
             (naive, Paired(paired.only_ours, paired.only_theirs, 60, 180).difference()),
         ):
             held.append(interval.low <= 0 <= interval.high)
-    assert np.mean(covered) >= 0.92
+    assert 0.92 <= np.mean(covered) <= 0.985
     assert np.mean(naive) < 0.85
 
 
