@@ -1,0 +1,118 @@
+"""A training is stopped, saved, and goes on; another one does not."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from tests.benchmarks.nano.fixtures import tensors
+
+pytestmark = [pytest.mark.reference, pytest.mark.usefixtures("not_compiled")]
+
+
+@pytest.fixture
+def stopped(begun, tmp_path, monkeypatch, ended):
+    """The arguments of a training that Ctrl-C stopped in the midst of the first of three steps, and its folder."""
+    from benchmarks.nano.trainer import Trainer
+
+    out, update = tmp_path / "stopped", Trainer._update
+    command = ["--init", str(begun), "--rung", "1", "--steps", "3", "--batch", "2", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", lambda *a: (signal.raise_signal(signal.SIGINT), update(*a)))
+        status, said = ended(command)
+    assert status == 130 and said.splitlines()[-2:] == [
+        f"{out}: what is done stays in {out}, the same command goes on from there",
+        "benchmarks.nano.train: interrupted",
+    ]
+    return command, out
+
+
+def state_of(out):
+    """The step of the state, and its weights."""
+    import torch
+
+    state = torch.load(out / "state.pt", weights_only=True)
+    return state["step"], state["optimizers"]["weights"]
+
+
+def test_ctrl_c_saves_a_whole_step_and_the_same_command_goes_on(begun, stopped, ended, monkeypatch):
+    from benchmarks.nano import trainer
+
+    command, out = stopped
+    step, weights = state_of(out)
+    first = tensors(out)
+    both = [name for name in first if name in weights]  # ties have one name here and another there
+    assert step == 1 and both and all(first[name].equal(weights[name].bfloat16()) for name in both)
+    assert not first["model.decoder.embed_tokens.weight"].equal(tensors(begun)["model.decoder.embed_tokens.weight"])
+    saved, save = [], trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *a: (saved.append(1), save(*a)))
+    assert ended([*command, "--save-every", "1", "--minutes", "9"])[0] == 0
+    assert state_of(out)[0] == 3 and len(saved) == 2, "the last step is saved once"
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    from benchmarks.nano.trainer import deferred_interrupt
+
+    usual, passed = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as is_interrupted:
+        assert not is_interrupted()
+        signal.raise_signal(signal.SIGINT)
+        passed.append(is_interrupted())
+        signal.raise_signal(signal.SIGINT)
+        passed.append("not reached")
+    assert passed == [True] and signal.getsignal(signal.SIGINT) is usual
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "state"])
+def test_a_save_that_fails_leaves_what_goes_on(stopped, ended, monkeypatch, part):
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    command, out = stopped
+    before, step = tensors(out), state_of(out)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            *((PreTrainedTokenizerBase, "save_pretrained") if part == "checkpoint" else (torch, "save")), fail
+        )
+        status, said = ended(command)
+    assert status == 1 and "No space left" in said.splitlines()[-1]
+    after = tensors(out)
+    assert state_of(out)[0] == step and after.keys() == before.keys()
+    assert all(after[name].equal(before[name]) for name in before) is (part == "checkpoint")
+    assert ended(command)[0] == 0 and state_of(out)[0] == 3
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--lr", "1e-3", "--batch", "3"], "--batch and --lr"),
+        (["--steps", "4", "--decay", "0"], "--steps"),
+        (["--rung", "2"], "--shares"),
+        (["--init", "nano"], "--init"),
+        (["--seed", "1", "--dtype", "bfloat16"], "--dtype and --seed"),
+    ],
+)
+def test_another_training_does_not_go_on(stopped, ended, changed, said):
+    command, out = stopped
+    before = (out / "state.pt").read_bytes()
+    status, err = ended([*command, *changed])
+    assert status == 2 and f"state.pt: was begun with other {said}; give the same" in err.splitlines()[-1]
+    assert (out / "state.pt").read_bytes() == before
+
+
+def test_without_a_sampler_no_canvas_is_taken_further(begun, tmp_path, ended):
+    other = tmp_path / "other"
+    shutil.copytree(begun, other)
+    path = other / "generation_config.json"
+    config = json.loads(path.read_text())
+    del config["sampler_config"]
+    path.write_text(json.dumps(config))
+    command = ["--init", str(other), "--rung", "1", "--steps", "1", "--stepped", "0.5", "--out", str(tmp_path / "out")]
+    status, said = ended(command)
+    assert status == 1
+    assert said.splitlines()[-1] == f"benchmarks.nano.train: {path} has no sampler_config, which training needs"
