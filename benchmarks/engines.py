@@ -49,21 +49,21 @@ class Ours:
 
         self._setup = setup
         self._folder = resolve(setup.model, setup.revision)
-        self._model, self._tokenizer = load(self._folder, dtype=_mlx_dtype(setup.dtype))
-        self.config = setup.config(self._model.generation_config)
+        self.model, self.tokenizer = load(self._folder, dtype=_mlx_dtype(setup.dtype))
+        self.config = setup.config(self.model.generation_config)
         options = setup.given
-        self._drafter = make(options.get("drafter"), self._model, **{n: options.get(n) for n in OF_A_DRAFTER})
+        self._drafter = make(options.get("drafter"), self.model, **{n: options.get(n) for n in OF_A_DRAFTER})
         # a drafter's weights are loaded here, once, and not by its name for every prompt
         self._options = {n: v for n, v in options.items() if n not in (*OF_A_DRAFTER, "drafter")}
 
     def facts(self) -> dict[str, Any]:
         from .measure import environment
 
-        facts = environment(shown_name(self._setup.model), self._model)
+        facts = environment(shown_name(self._setup.model), self.model)
         return {"engine": f"{OURS} {facts.pop(OURS)}", **facts, "weights": fingerprint(self._folder)}
 
     def ids(self, prompt: Prompt, thinking: bool) -> list[int]:
-        return self._setup.ids(self._tokenizer, prompt, thinking, self._model)
+        return self._setup.ids(self.tokenizer, prompt, thinking, self.model)
 
     def answer(self, ids: list[int], seed: int) -> Answered:
         from mlx_dgemma import stream_generate
@@ -71,8 +71,8 @@ class Ours:
         mode, text = self._setup.mode, ""
         drafter = {"drafter": self._drafter} if self._drafter is not None else {}
         for last in stream_generate(
-            self._model,
-            self._tokenizer,
+            self.model,
+            self.tokenizer,
             ids,
             max_tokens=self._setup.max_tokens,
             mode=mode,

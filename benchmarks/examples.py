@@ -48,24 +48,25 @@ class Example:
     enable_thinking: bool | None
     fields: Fields
 
+    @classmethod
+    def of(cls, where: str, number: int, prompt: str | list[Any], fields: Any) -> Example:
+        """Of a line's keys and values. Raises InputError if they are none of an example."""
+        if not isinstance(fields, dict):
+            raise InputError(f'{where}: a prompt alone; write {{"prompt": "...", "answer": "..."}}')
+        checker, task, thinking = fields.get("checker", "exact"), fields.get("task", ALL), fields.get("enable_thinking")
+        if thinking is None and fields.get("thought") is not None:
+            thinking = True
+        for key, name in (("checker", checker), ("task", task)):
+            if not isinstance(name, str) or not name.strip():
+                raise InputError(f"{where}: {key} must be a name, not {name!r:.80}")
+        if not isinstance(thinking, bool | None):
+            raise InputError(f"{where}: enable_thinking must be true or false, not {thinking!r:.80}")
+        return cls(where, number, task, prompt, checker, thinking, fields)
+
 
 def read(path: Path) -> list[Example]:
     """The examples of a file. Raises InputError naming the line that is none."""
-    return [_example(line.where, number, line.prompt, line.value) for number, line in enumerate(read_prompts(path))]
-
-
-def _example(where: str, number: int, prompt: str | list[Any], fields: Any) -> Example:
-    if not isinstance(fields, dict):
-        raise InputError(f'{where}: a prompt alone; write {{"prompt": "...", "answer": "..."}}')
-    checker, task, thinking = fields.get("checker", "exact"), fields.get("task", ALL), fields.get("enable_thinking")
-    if thinking is None and fields.get("thought") is not None:
-        thinking = True
-    for key, name in (("checker", checker), ("task", task)):
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{where}: {key} must be a name, not {name!r:.80}")
-    if not isinstance(thinking, bool | None):
-        raise InputError(f"{where}: enable_thinking must be true or false, not {thinking!r:.80}")
-    return Example(where, number, task, prompt, checker, thinking, fields)
+    return [Example.of(line.where, number, line.prompt, line.value) for number, line in enumerate(read_prompts(path))]
 
 
 def digest(examples: Sequence[Example]) -> str:

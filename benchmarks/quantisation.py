@@ -15,9 +15,8 @@ prompts:
     diffusion, ar   exact match in %, the checkpoint's own sampler and greedy decoding, all tasks together; each
                     with the difference to the original, in points, and its 95 % interval, paired by prompt
 
-Both modes answer the first `--count` held-out prompts a task, with seeds from `--seed` on; KL takes at most 10 texts
-a task.
-A second table has the exact match of each task. Intervals are those of benchmarks/intervals.py.
+Both modes answer the first `--count` held-out prompts a task, as `benchmarks.quality` does, with `--seed`; KL takes at
+most 10 texts a task. A second table has the exact match of each task. Intervals are those of benchmarks/intervals.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,29 +32,36 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma import convert, load, stream_generate
+from mlx_dgemma import convert
 from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.convert.conversion import Conversion, Options
 from mlx_dgemma.convert.recipes import DEFAULTS, RECIPES, Scheme, get_recipe
 from mlx_dgemma.errors import UsageError
+from mlx_dgemma.files import require_place, write_whole
 from mlx_dgemma.loading import resolve
 from mlx_dgemma.prompt import encode_prompt
 
+from .checkers import Judges
+from .engine import Setup
+from .engines import Ours
+from .examples import ALL, Example
 from .intervals import Interval, Paired
 from .measure import environment
+from .nano.prompts import as_line
 from .nano.tasks import EMBEDDED_TASKS as TASKS
 from .nano.tasks import MOST_HELD_OUT, held_out
+from .quality import answers
+from .records import Run
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_dgemma.model import DiffusionGemma
 
-MODES: dict[str, dict[str, Any]] = {"diffusion": {}, "ar": {"mode": "ar", "temperature": 0.0}}
+MODES: dict[str, dict[str, Any]] = {"diffusion": {}, "ar": {"temperature": 0.0}}
 NOISE = (0.25, 0.5, 0.75)
 MOST_TEXTS = 10  # a task, for KL: their positions are thousands
 KINDS = ("causal", *(f"{level:.0%}" for level in NOISE))
-Records = dict[str, dict[str, list[dict[str, Any]]]]  # mode -> task -> a record per prompt
 Logs = tuple[mx.array, ...]  # log-probabilities (positions, V) of each of KINDS
 
 
@@ -103,66 +109,58 @@ def divergences(original: Sequence[Logs], other: Iterable[Logs]) -> dict[str, fl
     return dict(zip(KINDS, (sums / positions).tolist(), strict=True))
 
 
-def answers(model: DiffusionGemma, tokenizer: TokenizerWrapper, count: int, seed: int) -> Records:
-    """Both modes' answers to `count` prompts a task: whether they are right, and the steps they took."""
-    from tqdm import tqdm
-
-    records: Records = {mode: {task: [] for task in TASKS} for mode in MODES}
-    for mode, task in tqdm([(mode, task) for mode in MODES for task in TASKS], unit="task", leave=False):
-        for number, example in enumerate(held_out(task, count)):
-            responses = list(stream_generate(model, tokenizer, example.prompt, seed=seed + number, **MODES[mode]))
-            right = "".join(response.text for response in responses) == example.answer
-            records[mode][task].append({"right": right, "steps": responses[-1].denoise_forwards})
-    return records
+def examples(count: int) -> list[Example]:
+    """The first `count` held-out ones a task, as the quality harness takes them."""
+    made = [example for task in TASKS for example in held_out(task, count)]
+    return [
+        Example.of(f"{example.task} {number}", number, example.prompt, as_line(example))
+        for number, example in enumerate(made)
+    ]
 
 
-def flat(tasks: dict[str, list[dict]]) -> list[dict]:
-    return [record for records in tasks.values() for record in records]
-
-
-def exact(records: Sequence[dict]) -> float:
-    """Right answers, in %."""
-    return 100 * sum(record["right"] for record in records) / len(records)
-
-
-def difference(ours: Sequence[dict], theirs: Sequence[dict]) -> Interval:
+def difference(ours: Run, theirs: Run) -> Interval:
     """Of right answers to the same prompts, in points."""
-    rights = (np.array([[record["right"]] for record in records]) for records in (ours, theirs))
-    seen = Paired.of(*rights, same_seeds=True).difference()
+    seen = Paired.of(ours.rights, theirs.rights, same_seeds=True).difference()
     return Interval(100 * seen.value, 100 * seen.low, 100 * seen.high)
 
 
 class Comparison:
-    """The original, what it says and answers, and rows of what is compared with it."""
+    """What the original says and answers, and rows of what is compared with it."""
 
     def __init__(self, name: str, count: int, seed: int):
         self.name, self.count, self.seed = name, count, seed
-        self.model, self.tokenizer = load(name)
-        self.texts = texts(self.model, self.tokenizer, min(count, MOST_TEXTS), seed)
-        self.logs = [text.logs(self.model) for text in self.texts]
-        self.records = answers(self.model, self.tokenizer, count, seed)
+        self.examples, self.judges = examples(count), Judges.named(())
+        self.logs, self.runs, self.facts = self._measured(name)
 
     def original(self) -> dict[str, Any]:
-        return self._row({}, self.logs, self.records)
+        return self._row({}, self.logs, self.runs)
 
     def converted(self, options: dict[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             path = convert(self.name, Path(folder) / "model", **options, progress=False)
-            model, tokenizer = load(str(path))
-            logs = (text.logs(model) for text in self.texts)
-            return self._row(options, logs, answers(model, tokenizer, self.count, self.seed))
+            logs, runs, _ = self._measured(str(path))
+        return self._row(options, logs, runs)
 
-    def _row(self, options: dict[str, Any], logs: Iterable[Logs], records: Records) -> dict[str, Any]:
+    def _measured(self, name: str) -> tuple[list[Logs], dict[str, Run], dict[str, Any]]:
+        """What a model says of the texts, its answers in both modes, and what it runs on."""
+        runs = {}
+        for mode, options in MODES.items():
+            engine = Ours(Setup(model=name, mode=mode, options=options))
+            runs[mode] = Run(mode, {}, answers(engine, self.examples, [self.seed], self.judges))
+        made = texts(engine.model, engine.tokenizer, min(self.count, MOST_TEXTS), self.seed)
+        return [text.logs(engine.model) for text in made], runs, environment(name, engine.model)
+
+    def _row(self, options: dict[str, Any], logs: Sequence[Logs], runs: Mapping[str, Run]) -> dict[str, Any]:
         row: dict[str, Any] = {
             "bits": Conversion(resolve(self.name), Options(**options)).bits_per_weight,
             "kl": divergences(self.logs, logs),
-            "steps": float(np.mean([record["steps"] for record in flat(records["diffusion"])])),
+            "steps": runs["diffusion"].total("denoise_forwards") / len(self.examples),
         }
-        for mode, tasks in records.items():
-            each = {task: exact(answered) for task, answered in tasks.items()}
-            points = asdict(difference(flat(tasks), flat(self.records[mode])))
-            row[mode] = {"exact": exact(flat(tasks)), "difference": points, "tasks": each}
-        return row | {"records": records}
+        for mode, run in runs.items():
+            tasks = {task or ALL: 100 * part.rights.mean().item() for task, part in run.tasks}
+            row[mode] = {"exact": 100 * run.rights.mean().item(), "tasks": tasks}
+            row[mode]["difference"] = asdict(difference(run, self.runs[mode]))
+        return row | {"records": {mode: [asdict(record) for record in run.records] for mode, run in runs.items()}}
 
 
 def shown(points: Interval) -> str:
@@ -191,8 +189,10 @@ def _command(args: argparse.Namespace) -> None:
     if not 1 <= args.count <= MOST_HELD_OUT:
         raise UsageError(f"--count must lie in 1-{MOST_HELD_OUT}, not {args.count}")
     ways = chosen(args)
+    if args.json:
+        require_place(args.json)
     comparison = Comparison(args.model, args.count, args.seed)
-    result = environment(args.model, comparison.model) | {"prompts a task": args.count, "first seed": args.seed}
+    result = comparison.facts | {"prompts a task": args.count, "seed": args.seed}
     print("\n".join(f"{key}: {value}" for key, value in result.items()), end="\n\n")
     columns = [title for mode in MODES for title in (f"{mode} %", "difference")]
     show("recipe", "bits", *(f"KL {kind}" for kind in KINDS), "steps", *columns, head=True)
@@ -208,7 +208,7 @@ def _command(args: argparse.Namespace) -> None:
     for name, row in rows.items():
         show(name, *(" / ".join(f"{row[mode]['tasks'][task]:.1f}" for mode in MODES) for task in TASKS))
     if args.json:
-        args.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -220,7 +220,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--recipe", action="append", metavar="NAME|FILE", help="may be repeated (default: all, and all modes)")
     add("--q-mode", action="append", metavar="MODE", help="every module alike in this mode; may be repeated")
     add("--count", type=int, default=200, help=f"prompts a task, at most {MOST_HELD_OUT} (default: 200)")
-    add("--seed", type=int, default=0, help="of a task's first prompt; the next have the next ones (default: 0)")
+    add("--seed", type=int, default=0, help="of answers and of noise (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write what is printed, and each answer's record")
     add("--debug", action="store_true", help="show a traceback if something fails")
     return parser

@@ -1,6 +1,7 @@
 """What a recipe costs: divergence by hand and of models with themselves, a whole row, and mistakes in one line."""
 
 import json
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 from mlx.utils import tree_map
 
 from benchmarks import quantisation
+from benchmarks.engine import Answered
+from benchmarks.nano.tasks import held_out
 from benchmarks.quantisation import KINDS, NOISE, TASKS, divergences, texts
+from benchmarks.records import Record, Run
 from mlx_dgemma.model import DiffusionGemma
 
 
@@ -72,15 +76,26 @@ def test_the_command_writes_a_row_of_each_recipe(tmp_path, capsys, monkeypatch):
     assert set(original["kl"].values()) == {0.0} and 0 < default["kl"]["causal"] < 0.1
     assert 4 < default["bits"] < original["bits"] == 16
     assert default["ar"]["exact"] == 100 and default["ar"]["tasks"] == {"reverse": 100}
+    assert original["records"]["ar"][0]["text"] == held_out("reverse", 1)[0].answer
     points = default["ar"]["difference"]
     assert points["value"] == 0 and points["low"] == pytest.approx(-points["high"]) and 50 < points["high"] < 100
-    assert default["steps"] == default["records"]["diffusion"]["reverse"][0]["steps"] > 0
+    assert default["steps"] == default["records"]["diffusion"][0]["denoise_forwards"] > 0
     assert printed[-6].startswith(f"| default | {default['bits']:.2f} | {default['kl']['causal']:.2g} |")
     assert printed[-1] == "| default | 100.0 / 100.0 |"
 
 
+def run(rights):
+    """Answers to as many prompts, right where there is a 1."""
+    answered = Answered(text="", tokens=1, canvases=1, denoise_forwards=1, encode_forwards=1, finish_reason="stop")
+    records = [
+        Record(**asdict(answered), task="t", prompt=number, seed=0, right=letter == "1")
+        for number, letter in enumerate(rights)
+    ]
+    return Run("run", {}, records)
+
+
 def test_a_difference_is_in_points_and_paired():
-    ours, theirs = ([{"right": letter == "1"} for letter in rights] for rights in ("1100" * 25, "1000" * 25))
+    ours, theirs = (run(rights) for rights in ("1100" * 25, "1000" * 25))
     points = quantisation.difference(ours, theirs)
     assert points.value == pytest.approx(25) and 15 < points.low < 25 < points.high < 36
     assert quantisation.shown(points).startswith("+25.0 [+1")
@@ -94,6 +109,7 @@ BAD = {
     "no prompts": (["--count", "0"], 2, "--count must lie in 1-200, not 0"),
     "too many prompts": (["--count", "201"], 2, "--count must lie in 1-200, not 201"),
     "an unknown recipe": (["--recipe", "3bit"], 2, "3bit: no such recipe (default, "),
+    "no such place": (["--json", "/no/such/folder/q.json"], 2, "/no/such/folder"),
     "an unknown model": (["--model", "/no/such"], 1, "/no/such"),
 }
 
