@@ -40,6 +40,7 @@ from mlx_dgemma.drafter import Drafter, check_name, make
 from mlx_dgemma.drafter.oracle import Oracle
 from mlx_dgemma.draws import Draws, RecordedDraws
 from mlx_dgemma.errors import InputError, UsageError
+from mlx_dgemma.files import require_place, write_whole
 from mlx_dgemma.loading import load
 from mlx_dgemma.options import check_limits
 
@@ -219,6 +220,8 @@ def _width(text: str) -> int | None:
 
 
 def _command(args: argparse.Namespace) -> None:
+    if args.json:
+        require_place(args.json)
     if not 1 <= args.examples <= MOST_EXAMPLES:
         raise UsageError(f"--examples must lie in 1-{MOST_EXAMPLES}, not {args.examples}")
     width, names = _width(args.draft_width), list(dict.fromkeys(args.drafter or ["lookup", ORACLE]))
@@ -249,7 +252,7 @@ def _command(args: argparse.Namespace) -> None:
     print("\nall, weighted by share" + "".join(f", without {name}" for name in left_out))
     result["all"] = show(together(tallies))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
 
 
 def argument_parser() -> argparse.ArgumentParser:

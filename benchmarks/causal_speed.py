@@ -31,6 +31,7 @@ from mlx_dgemma.convert import convert
 from mlx_dgemma.decoding.causal import decode
 from mlx_dgemma.draws import Draws
 from mlx_dgemma.errors import UsageError
+from mlx_dgemma.files import require_place, write_whole
 from mlx_dgemma.loading import load, resolve
 from mlx_dgemma.model import DiffusionGemma
 
@@ -116,6 +117,8 @@ def margins(model: DiffusionGemma, prompts: Sequence[list[int]], texts: Sequence
 
 
 def _command(args: argparse.Namespace) -> None:
+    if args.json:
+        require_place(args.json)
     if args.pairs < FEWEST_PAIRS:
         raise UsageError(f"--pairs must be at least {FEWEST_PAIRS}; fewer give no interval")
     if args.tokens < FEWEST_TOKENS:
@@ -146,7 +149,7 @@ def _command(args: argparse.Namespace) -> None:
     print(f"same tokens in {args.pairs - len(parted)} of {args.pairs} pairs{at}")
     result |= {"margins": parted, "texts": dict(zip(names, [[asdict(text) for text in c] for c in texts], strict=True))}
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -41,11 +41,13 @@ def sudoku(text: str, fields: Fields) -> bool:
     """The last whole grid in the text has every digit once a row, column and box, and keeps the prompt's givens.
 
     A grid, 4x4 or 9x9, is so many rows of so many digits behind each other, between spaces or newlines; `.` in the
-    prompt's is a blank. Rows behind each other that do not make whole grids make none: which ones are meant is open.
+    prompt's is a blank. In the answer, commas, bars and marks of emphasis count as spaces, and the digits of a row
+    that has a line to itself may stand apart. Rows behind each other that do not make whole grids make none: which
+    ones are meant is open.
     """
     givens = puzzle(fields)
     side, box = len(givens), SIDES[len(givens)]
-    grid = _last_grid(text, side, blanks=False)
+    grid = _last_grid(_closed_up(text, side), side, blanks=False)
     if grid is None or any(
         given not in (".", cell) for given, cell in zip("".join(givens), "".join(grid), strict=True)
     ):
@@ -67,8 +69,14 @@ def _end(text: str) -> str:
 
 
 def contains(text: str, fields: Fields) -> bool:
-    """The answer is in the text, in the same case, and not inside of a word."""
-    return any(re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text) for answer in accepted(fields))
+    """The answer is in the text, in the same case, and not inside of a word or a number: 3 is not in -3 or 0.3."""
+    return any(re.search(_whole(answer.strip()), text) for answer in accepted(fields))
+
+
+def _whole(answer: str) -> str:
+    before = r"(?<!\d,)(?<![.-])" if answer[:1].isdigit() else ""
+    behind = r"(?![.,]\d)" if answer[-1:].isdigit() else ""
+    return rf"(?<!\w){before}{re.escape(answer)}(?!\w){behind}"
 
 
 CHECKERS: dict[str, Checker] = {
@@ -101,6 +109,12 @@ def _prompt_text(fields: Fields) -> str:
     said = [message.get("content") for message in prompt]
     parts = [part for content in said for part in (content if isinstance(content, list) else [{"text": content}])]
     return "\n".join(str(part.get("text")) for part in parts)
+
+
+def _closed_up(text: str, side: int) -> str:
+    """Rows without what people set between digits and behind the last one."""
+    lines = [re.sub(r"(?<=\d)\.(?!\S)", "", re.sub("[,;|*`]", " ", line)).split() for line in text.splitlines()]
+    return "\n".join("".join(line) if len(line) == side == len("".join(line)) else " ".join(line) for line in lines)
 
 
 def _last_grid(text: str, side: int, blanks: bool) -> list[str] | None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.convert.recipes import get_recipe
 from mlx_dgemma.errors import UsageError
+from mlx_dgemma.files import require_place, write_whole
 from mlx_dgemma.loading import EMBEDDED
 
 from .measure import spare_compiler
@@ -148,6 +149,8 @@ def _apart(function: Any, *arguments: Any) -> tuple[float, int]:
 
 
 def _command(args: argparse.Namespace) -> None:
+    if args.json:
+        require_place(args.json)
     if args.layers < 1:
         raise UsageError(f"--layers must be at least 1, not {args.layers}")
     if not args.no_mlx_vlm:
@@ -173,7 +176,7 @@ def _command(args: argparse.Namespace) -> None:
         cells = (f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         print(f"{name}: {', '.join(cells)}")
     if args.json:
-        args.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
 
 def argument_parser() -> argparse.ArgumentParser:

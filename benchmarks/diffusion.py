@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.errors import UsageError
+from mlx_dgemma.files import require_place, write_whole
 
 from .measure import FEWEST_PAIRS, Answer, Ours, Question, alternating, environment, is_right, paired_ratio
 
@@ -146,6 +147,8 @@ def _options(config: GenerationConfig) -> str:
 
 
 def _command(args: argparse.Namespace) -> None:
+    if args.json:
+        require_place(args.json)
     if args.pairs < FEWEST_PAIRS:
         raise UsageError(f"--pairs must be at least {FEWEST_PAIRS}; fewer give no interval")
     for name in ("fixed_steps", "prefill_tokens"):
@@ -181,7 +184,7 @@ def _command(args: argparse.Namespace) -> None:
             "answers": [[asdict(answer) for answer in column] for column in answers],
         }
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
 
 
 def argument_parser() -> argparse.ArgumentParser:

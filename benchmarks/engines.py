@@ -20,6 +20,7 @@ from mlx_dgemma.options import OF_A_DRAFTER, sampler_options
 from .engine import Answered, Engine, Setup
 
 if TYPE_CHECKING:
+    from mlx_dgemma.config import ModelConfig
     from mlx_dgemma.prompt import Prompt
 
 OURS = "mlx_dgemma"
@@ -131,11 +132,7 @@ class Transformers(Other):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        if self.shape.quantization is not None and "quant_method" not in self.shape.quantization:
-            raise InputError(
-                f"{setup.model}: its weights are quantised as MLX does, which transformers cannot read; answer with "
-                f"--engine {OURS}, or write floats with mlx_dgemma.convert --export hf --dequantize"
-            )
+        require_readable(self.shape, setup.model)
         try:
             import torch
             from transformers import DiffusionGemmaForBlockDiffusion
@@ -247,6 +244,15 @@ class Vlm(Other):
         )
 
 
+def require_readable(shape: ModelConfig, name: str) -> None:
+    """Raise InputError if transformers cannot read weights of a config.json."""
+    if shape.quantization is not None and "quant_method" not in shape.quantization:
+        raise InputError(
+            f"{name}: its weights are quantised as MLX does, which transformers cannot read; "
+            "write floats with mlx_dgemma.convert --export hf"
+        )
+
+
 ENGINES: dict[str, Callable[[Setup], Engine]] = {OURS: Ours, "transformers": Transformers, "mlx-vlm": Vlm}
 
 
@@ -262,6 +268,9 @@ def require_possible(name: str, setup: Setup) -> None:
 
 
 def _mlx_dtype(name: str | None) -> Any:
+    """Raises UsageError for what the default device cannot run."""
     import mlx.core as mx
 
+    if name not in (None, "float32") and mx.default_device().type == mx.DeviceType.cpu:
+        raise UsageError(f"--dtype {name}: MLX has no expert matmul of it on a CPU; use float32, or a GPU")
     return None if name is None else getattr(mx, name)

@@ -25,6 +25,7 @@ from mlx_dgemma.errors import InputError, UsageError
 
 Fields = Mapping[str, Any]  # of an example's line
 ALL = "all"
+LONGEST_NAME = 40  # of a task: there is room for it in a table and a plot
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Example:
         for key, name in (("checker", checker), ("task", task)):
             if not isinstance(name, str) or not name.strip():
                 raise InputError(f"{where}: {key} must be a name, not {name!r:.80}")
+        if not task.isprintable() or len(task) > LONGEST_NAME:
+            raise InputError(f"{where}: task must be at most {LONGEST_NAME} printable letters, not {task!a:.80}")
         if not isinstance(thinking, bool | None):
             raise InputError(f"{where}: enable_thinking must be true or false, not {thinking!r:.80}")
         return cls(where, number, task, prompt, checker, thinking, fields)

@@ -112,7 +112,8 @@ class Paired:
         """
         seen, d = self.only_ours - self.only_theirs, difference
         linear = (2 - seen) * d - self.only_ours - self.only_theirs
-        rest = (math.sqrt(linear**2 + 8 * self.only_theirs * d * (1 - d)) - linear) / 4
+        root = max(0.0, linear**2 + 8 * self.only_theirs * d * (1 - d))  # never below 0 but by rounding
+        rest = (math.sqrt(root) - linear) / 4
         variance = 2 * rest + d * (1 - d)
         return 0.0 if variance <= NOTHING else (seen - d) * math.sqrt(self.count / variance)
 

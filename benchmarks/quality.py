@@ -208,11 +208,15 @@ def _require_sound(args: argparse.Namespace) -> None:
         given = next((name for name in OF_A_RUN if getattr(args, name) != default(name)), None)
         if given is not None:
             raise UsageError(f"{given} is an option of a run; --records runs nothing")
-    files = [path for path in (args.out, args.plot, args.markdown) if path is not None]
-    for path in files:
+    written = [path for path in (args.out, args.plot, args.markdown) if path is not None]
+    for path in written:
         require_place(path)
-    if len({os.path.realpath(path) for path in files}) < len(files):
-        raise UsageError("--out, --plot and --markdown must name different files")
+    inputs = [path for path in (args.prompts, args.against, *(args.records or ())) if path is not None]
+    read_from, *places = {os.path.realpath(path) for path in inputs}, *map(os.path.realpath, written)
+    if len(set(places)) < len(places) or read_from.intersection(places):
+        raise UsageError("--out, --plot and --markdown must name different files, and none that is read")
+    if len(read_from) < len(inputs):
+        raise UsageError("--prompts, --records and --against must name different files")
 
 
 def argument_parser() -> argparse.ArgumentParser:

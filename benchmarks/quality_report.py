@@ -79,8 +79,9 @@ def side_by_side(runs: Sequence[Run]) -> list[dict[str, str]]:
 def as_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Columns that say nothing are left out."""
     titles = [title for title in rows[0] if {row[title] for row in rows} != {"-"}]
-    lines = [titles, ["---"] * len(titles), *([row[title] for title in titles] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [titles, *([row[title] for title in titles] for row in rows)]
+    head, *body = (" | ".join(text.replace("|", "\\|") for text in line) for line in lines)
+    return "\n".join(f"| {line} |" for line in (head, " | ".join(["---"] * len(titles)), *body))
 
 
 def notes(runs: Sequence[Run], against: Run | None, margin: float) -> list[str]:

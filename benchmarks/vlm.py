@@ -41,9 +41,7 @@ class MlxVlm:
     def __init__(self, folder: Path, config: ModelConfig, dtype: mx.Dtype | None):
         self.name = f"mlx-vlm {installed_version()}"
         if config.quantization is not None:
-            raise InputError(
-                f"{folder}: quantised weights are not compared with mlx-vlm yet; measure this package alone"
-            )
+            raise InputError(f"{folder}: mlx-vlm is run on floats alone here, not on quantised weights; give those")
         spare_compiler()
         from mlx_vlm.models.diffusion_gemma import Model
         from mlx_vlm.models.diffusion_gemma import ModelConfig as TheirConfig

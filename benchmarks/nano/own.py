@@ -23,6 +23,11 @@ def read(path: Path, tokenizer: TokenizerWrapper, end: int) -> list[Row]:
             raise InputError(
                 f'{example.where}: "answer" must be the text to be learnt (and "thought", if there is one)'
             )
+        if bool(example.enable_thinking) != (thought is not None):
+            raise InputError(
+                f'{example.where}: "enable_thinking" is {"true" if thought is None else "false"}, and '
+                f'{"no" if thought is None else "a"} "thought" is given; they go together'
+            )
         try:
             f"{answer}{thought}".encode()  # half of a surrogate pair is JSON but no text
             rows.append(encode(tokenizer, end, example.prompt, answer, thought))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_SAMPLE = 20_000  # examples
 VOCAB_SIZE = 1024
+LAST_SEED = 10**12  # torch takes 64 bits, of which a step of a training needs some
 FEW_EXPERTS = 8  # up to so many, computing all of them is faster than choosing
 
 
@@ -53,6 +54,7 @@ def _command(args: argparse.Namespace) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch has no CUDA here; use --device cpu")
+    _require_new(args.out)
     torch.manual_seed(args.seed)
     plan = _plan(args)
     model, tokenizer = _initial(args, plan)
@@ -68,6 +70,14 @@ def _command(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with resumable(args.out, args.out):
         trainer.run(batches(rows, args.batch, canvas, pad, seed), args.minutes * 60, args.save_every)
+
+
+def _require_new(out: Path) -> None:
+    """Raise UsageError for a folder with a checkpoint that no training here would go on from."""
+    from .trainer import STATE
+
+    if (out / "config.json").exists() and not (out / STATE).exists():
+        raise UsageError(f"{out}: holds a checkpoint, and no {STATE} of a training; name another --out")
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -96,10 +106,13 @@ def _require_sound(args: argparse.Namespace) -> None:
     """Raise UsageError for what cannot be done, or would be ignored."""
     is_own, is_random = args.data is not None, args.init is None
     counts = args.steps, args.batch, args.save_every, 1 if args.canvas is None else args.canvas
+    above = [task for task in args.shares or () if args.rung is not None and TASKS[task].rung > args.rung]
     wrong = {
         "say what to train on: --rung N (nano's tasks) or --data FILE (your own)": (args.rung is None) != is_own,
         "--data fine-tunes a checkpoint: say which one (--init)": is_own and is_random,
         "--shares is of nano's tasks (--rung), not of --data": is_own and args.shares is not None,
+        f"--shares {', '.join(above)}: of a rung above --rung {args.rung}": bool(above),
+        f"--seed must be in 0-{LAST_SEED}": not 0 <= args.seed <= LAST_SEED,
         "--dtype is of the weights of --init; random ones are float32": is_random and args.dtype is not None,
         "--steps, --batch, --save-every and --canvas must be 1 at least": min(counts) < 1,
         "--decay is some of --steps, from 0 to all": not 0 <= (args.decay or 0) <= args.steps,
@@ -118,8 +131,10 @@ def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlo
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
+    from mlx_dgemma.config import ModelConfig, read_json
     from mlx_dgemma.loading import resolve
 
+    from ..engines import require_readable
     from .trainer import STATE
 
     if (args.out / STATE).exists():
@@ -128,6 +143,8 @@ def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlo
         folder = resolve(args.init)
     else:
         return _random_nano(args.seed)
+    config = folder / "config.json"
+    require_readable(ModelConfig.from_dict(read_json(config), str(config)), str(folder))
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=getattr(torch, plan.dtype))
     needed = ["pad_token_id", "eos_token_id", *(["sampler_config"] if plan.stepped else [])]
     if missing := next((name for name in needed if getattr(model.generation_config, name) is None), None):
@@ -175,6 +192,8 @@ def parse_shares(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"write json=0.2,sudoku=0.4, not {text!r:.80}") from None
     if unknown := next((task for task in shares if task not in TASKS), None):
         raise argparse.ArgumentTypeError(f"no task {unknown}: there are {', '.join(TASKS)}")
+    if never := next((task for task in shares if not TASKS[task].share), None):
+        raise argparse.ArgumentTypeError(f"{never} is never trained on")
     if min(shares.values()) < 0 or not 0 < sum(shares.values()) < math.inf:
         raise argparse.ArgumentTypeError(f"shares are numbers from 0 on, not all 0, not {text!r:.80}")
     return shares

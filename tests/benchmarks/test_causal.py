@@ -199,6 +199,8 @@ BAD = {
     "too many examples": (causal, ["--examples", "201"], "--examples must lie in 1-200"),
     "a temperature below 0": (causal, ["--temp", "-1"], "temperature must not be negative"),
     "four pairs": (causal_speed, ["--pairs", "4"], "--pairs must be at least 5"),
+    "no place": (causal, ["--json", "/no/such/place.json"], "/no/such is not a folder"),
+    "no place for speeds": (causal_speed, ["--json", "/no/such/place.json"], "/no/such is not a folder"),
     "one token": (causal_speed, ["--tokens", "1"], "--tokens must be at least 2"),
 }
 

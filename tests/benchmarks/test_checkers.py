@@ -52,6 +52,7 @@ def vague(text, fields):
         ("final", "132", ["132", "47 + 85 = 132", "7 + 5 = 12\n47 + 85 = 132\n", "So it is\n132"], ["47 + 85", "1132"]),
         ("final", "7 + 5 = 12\n47 + 85 = 132", ["132", "= 132"], ["12", "132 = 47 + 85", "7 + 5 = 12\n"]),
         ("contains", "Paris", ["It is Paris.", "Paris", "(Paris)"], ["paris", "Parisian", "comParis", ""]),
+        ("contains", "3", ["3", "It is 3.", "3, 4", "a,3", "(3)"], ["0.3", "-3", "3.5", "3,5", "0,3", "13", "x3"]),
         ("contains", "C++", ["C++ is", "use C++."], ["C+", "C++y"]),
     ],
 )
@@ -90,6 +91,21 @@ def test_a_sudoku_is_right_whatever_its_solution_is(separator):
 )
 def test_a_sudoku_is_wrong(text):
     assert not checkers.sudoku(text, {"prompt": "1... .... .... ...."})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GRID + ".",
+        GRID.replace(" ", ", "),
+        "\n".join(f"| {' | '.join(row)} |" for row in GRID.split()),
+        "\n".join(" ".join(row) for row in GRID.split()) + "\n\nEvery row has 1 2 3 4 once.",
+        f"**{GRID}**",
+    ],
+)
+def test_a_sudoku_is_right_however_its_rows_are_set(text):
+    fields = {"prompt": "1... .... .... ...."}
+    assert checkers.sudoku(text, fields) and not checkers.sudoku(text, {"prompt": "2... .... .... ...."})
 
 
 def test_a_sudoku_of_nine():
@@ -166,6 +182,9 @@ def test_a_digest_is_of_what_is_said_and_where(tmp_path):
 
 
 BAD = {
+    "half a letter in a name": ('{"prompt": "x", "answer": "y", "task": "\\ud800"}', "printable letters"),
+    "a name of two lines": ('{"prompt": "x", "answer": "y", "task": "a\\nb"}', "printable letters"),
+    "a long name": ('{"prompt": "x", "answer": "y", "task": "' + "a" * 41 + '"}', "at most 40"),
     "no JSON": ('{"prompt": ', "not JSON"),
     "a bare prompt": ('"say something"', "a prompt alone"),
     "no prompt": ({"answer": "1"}, "prompt"),

@@ -141,6 +141,15 @@ def test_sides_mirror_each_other_and_limits_stay_within_bounds():
     assert opposite.value == opposite.high == 1 and 0 < opposite.low < 1
 
 
+@pytest.mark.parametrize(("prompts", "lost", "margin"), [(17, 2, 0.02), (34, 4, 0.02), (51, 6, 0.02), (9, 4, 0.08)])
+def test_where_the_root_is_of_nothing_there_is_a_verdict(prompts, lost, margin):
+    theirs = np.ones((prompts, 3), dtype=bool)
+    ours = theirs.copy()
+    ours.flat[: 3 * lost : 3] = False
+    paired = Paired.of(ours, theirs, same_seeds=True)
+    assert paired.score(-margin) < paired.score(-2 * margin) and paired.prompts_needed(margin) > 0
+
+
 def test_no_answer_that_differs_leaves_a_loss_that_a_formula_tells():
     interval = Paired.of(*pairs(0, 0, both=100, neither=20), same_seeds=True).difference()
     assert (interval.value, interval.high) == (0, pytest.approx(Z**2 / (120 + Z**2)))

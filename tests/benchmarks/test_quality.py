@@ -310,8 +310,16 @@ BAD = {
         "/no/such/place.json: /no/such is not a folder",
     ),
     "one place": (["--records", "{r}", "--plot", "x", "--markdown", "x"], 2, "must name different files"),
+    "over the prompts": (["--prompts", "{p}", "--out", "{p}"], 2, "and none that is read"),
+    "over the baseline": (["--prompts", "{p}", "--out", "{r}", "--against", "{r}"], 2, "and none that is read"),
+    "one run twice": (["--records", "{r}", "{r}"], 2, "--records and --against must name different files"),
+    "no dtype of a CPU": (["--prompts", "{p}", "--device", "cpu", "--dtype", "bfloat16"], 2, "--dtype bfloat16: MLX"),
     "no model": (["--prompts", "{p}", "--model", "/no/such/folder"], 1, "/no/such/folder"),
-    "too many to draw": (["--records", *["{r}"] * 6, "--plot", "x.svg"], 2, "--plot shows 5 runs at most, not 6"),
+    "too many to draw": (
+        ["--records", *[f"{{r{n}}}" for n in range(6)], "--plot", "x.svg"],
+        2,
+        "--plot shows 5 runs at most, not 6",
+    ),
 }
 
 
@@ -323,6 +331,9 @@ def test_bad_input_is_one_line(name, tmp_path, capsys):
     recorded().write(tmp_path / "none.json")
     places = {"{p}": prompts(tmp_path), "{r}": tmp_path / "r.json", "{bad}": tmp_path / "bad.jsonl"}
     places["{none}"] = tmp_path / "none.json"
+    for number in range(6):
+        places[f"{{r{number}}}"] = tmp_path / f"r{number}.json"
+        recorded(record()).write(tmp_path / f"r{number}.json")
     result, out, err = run(capsys, *[places.get(word, word) for word in argv])
     assert (result, out) == (status, "") and err.count("\n") == 1 and said in err
 
@@ -415,6 +426,11 @@ def test_a_task_may_be_called_all(tmp_path, capsys):
         assert shares == ["0.500", "1.000", "0.750"]
     assert len(list(ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}circle"))) == 2 + 6
     assert [task for task, _ in recorded(*answers[:2]).tasks] == ["all"]
+
+
+def test_a_bar_in_a_tasks_name_makes_no_column():
+    printed = quality_report.report([recorded(record(task="a|b"))], None, 0.01)
+    assert "| a\\|b | 1 |" in printed
 
 
 def test_a_margin_that_is_wide_is_told_by_few():

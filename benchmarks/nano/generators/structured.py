@@ -6,7 +6,7 @@ import json
 import random
 
 from ..example import Example
-from .words import CITIES, COLORS, FIELDS, JOBS, NAMES, WORDS, plain
+from .words import FIELDS, NAMES, plain
 
 
 def random_object(rng: random.Random) -> dict[str, object]:
@@ -51,7 +51,6 @@ CLAUSES = {
     "color": "likes {color}",
     "item": "owns a {item}",
 }
-DRAWN = {"name": NAMES, "city": CITIES, "job": JOBS, "color": COLORS, "item": WORDS}
 
 
 def extract(rng: random.Random) -> Example:

@@ -58,6 +58,8 @@ def test_a_fine_tuning_does_not_go_on_with_other_data(begun, tuned, tmp_path, en
         ('{"prompt": "c"}', '"answer" must be'),
         ('{"prompt": "c", "answer": "\\ud800"}', "surrogates"),
         ('{"prompt": "\\ud800", "answer": "d"}', "not text"),
+        ('{"prompt": "c", "answer": "d", "enable_thinking": true}', 'no "thought"'),
+        ('{"prompt": "c", "answer": "d", "thought": "e", "enable_thinking": false}', 'a "thought"'),
         ('{"messages": [{"role": "user"}], "answer": "d"}', "'role' and 'content'"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}], "answer": "d"}', "holds image"),
     ],
