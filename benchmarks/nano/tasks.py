@@ -2,8 +2,8 @@
 
     request or conversation  ->  answer, <turn|>
 
-A task is a function of a `random.Random` that returns an `Example`. Training, validation and test share no
-content: the hash of an object, a function's body, a grid, a question says where it belongs (see `Example.split`).
+A task is a function of a `random.Random` that returns an `Example`. The hash of an object, a function's body, a grid, a
+question says which of training, validation and test it belongs to (see `Example.split`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from .example import Example
 from .generators.arithmetic import arithmetic
 from .generators.chat import chat
-from .generators.code import function, infill
+from .generators.code import composed, function, infill
 from .generators.lists import count, reverse, sort
 from .generators.questions import question, recall
 from .generators.stories import story
@@ -43,6 +43,7 @@ TASKS: dict[str, Task] = {
     "reverse": Task(reverse, 1, 0.04),
     "sort": Task(sort, 1, 0.04),
     "count": Task(count, 1, 0.04),
+    "composed": Task(composed, 2, 0.0),
     "question": Task(question, 2, 0.10),
     "infill": Task(infill, 2, 0.08),
     "recall": Task(recall, 2, 0.06),
