@@ -24,7 +24,7 @@ from mlx_dgemma.command import Parser, run_command
 from mlx_dgemma.errors import UsageError
 from mlx_dgemma.files import require_place, write_whole
 
-from .measure import FEWEST_PAIRS, Answer, Ours, Question, alternating, environment, is_right, paired_ratio
+from .measure import FEWEST_PAIRS, Question, Timed, TimedOurs, alternating, environment, is_right, paired_ratio
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlx_dgemma.model import DiffusionGemma
 
 # name -> (what it is of an answer, decimals, whether a pair's ratio means something)
-QUANTITIES: dict[str, tuple[Callable[[Answer], float], int, bool]] = {
+QUANTITIES: dict[str, tuple[Callable[[Timed], float], int, bool]] = {
     "ms per denoising step": (lambda answer: answer.ms_per_step, 2, True),
     "forwards per canvas": (lambda answer: answer.denoise_forwards, 2, False),
     "forwards per token": (lambda answer: answer.forwards_per_token, 3, False),
@@ -42,10 +42,10 @@ QUANTITIES: dict[str, tuple[Callable[[Answer], float], int, bool]] = {
 }
 
 
-class Engine(Protocol):
+class TimedEngine(Protocol):
     name: str
 
-    def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Answer: ...
+    def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Timed: ...
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,20 @@ def settings(model: DiffusionGemma, tokenizer: TokenizerWrapper, args: argparse.
     ]
 
 
-def run_setting(engines: Sequence[Engine], setting: Setting, seed: int) -> list[list[Answer]]:
+def run_setting(engines: Sequence[TimedEngine], setting: Setting, seed: int) -> list[list[Timed]]:
     """The answers of each engine, one a pair; the first pair is run once before, unmeasured."""
     from tqdm import tqdm
 
     for engine in engines:
         engine.answer(setting.questions[0].ids, setting.config, seed)
-    answers: list[list[Answer]] = [[] for _ in engines]
+    answers: list[list[Timed]] = [[] for _ in engines]
     for number, question in enumerate(tqdm(setting.questions, desc=setting.name, unit="pair")):
         for engine, column in alternating(list(zip(engines, answers, strict=True)), number):
             column.append(engine.answer(question.ids, setting.config, seed + number))
     return answers
 
 
-def summary(setting: Setting, answers: list[list[Answer]], tokenizer: TokenizerWrapper) -> dict[str, dict[str, Any]]:
+def summary(setting: Setting, answers: list[list[Timed]], tokenizer: TokenizerWrapper) -> dict[str, dict[str, Any]]:
     """quantity -> {"means": one per engine, "ratio": of the first two, where pairs can be compared}."""
     rows: dict[str, dict[str, Any]] = {}
     for name in setting.quantities:
@@ -162,7 +162,7 @@ def _command(args: argparse.Namespace) -> None:
         installed_version()  # said before anything is loaded
     folder = resolve(args.model)
     model, tokenizer = load(folder)
-    engines: list[Engine] = [Ours(model)]
+    engines: list[TimedEngine] = [TimedOurs(model)]
     if not args.no_mlx_vlm:
         engines.append(MlxVlm(folder, model.config, model.dtype))
     names = [engine.name for engine in engines]

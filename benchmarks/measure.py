@@ -63,7 +63,7 @@ def spare_compiler() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Timed:
     """One prompt answered with one canvas."""
 
     tokens: list[int]  # eos included
@@ -107,7 +107,7 @@ def weight_bytes(parameters: dict) -> int:
     return tree_reduce(lambda total, array: total + array.nbytes, parameters, 0)
 
 
-class Ours:
+class TimedOurs:
     """This package."""
 
     name = f"mlx_dgemma {__version__}"
@@ -116,7 +116,7 @@ class Ours:
         self.model = model
         self._weights = weight_bytes(model.parameters())
 
-    def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Answer:
+    def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Timed:
         """Decode one canvas; the clock starts with the prefill and stops when the canvas is on the host."""
         clock = [time.perf_counter()]
         counts, draws = Counts(), Draws([seed], self.model.config.vocab_size)
@@ -129,7 +129,7 @@ class Ours:
             events = decode(self.model, prompt, config, draws, counts=counts, progress=prefilled)
             block = next(event for event in events if isinstance(event, Block))
             start, prefill_end, end = *clock, time.perf_counter()
-        return Answer(
+        return Timed(
             tokens=block.tokens,
             prompt_tokens=len(prompt),
             prefill_seconds=prefill_end - start,

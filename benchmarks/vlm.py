@@ -15,7 +15,7 @@ from mlx_dgemma.config import GenerationConfig, ModelConfig, read_json
 from mlx_dgemma.convert.configs import mlx_config
 from mlx_dgemma.errors import InputError
 
-from .measure import Answer, PeakMemory, spare_compiler, weight_bytes
+from .measure import PeakMemory, Timed, spare_compiler, weight_bytes
 
 TESTED = "0.7.10"
 
@@ -58,13 +58,13 @@ class MlxVlm:
         self._weights = weight_bytes(self._model.parameters())
         self._tokenizer = load_tokenizer(folder)
 
-    def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Answer:
+    def answer(self, prompt: list[int], config: GenerationConfig, seed: int) -> Timed:
         """Denoise one canvas. Times are those of its own statistics, taken when the canvas is on the host."""
         results = self.results(prompt, config, seed)
         with PeakMemory(self._weights) as peak:
             first = next(results)
         tokens, last = emitted(chain([first], results))
-        return Answer(
+        return Timed(
             tokens=tokens,
             prompt_tokens=len(prompt),
             prefill_seconds=first.prompt_tokens / first.prompt_tps,

@@ -1,6 +1,6 @@
 """Does sampling follow the distribution that was learnt? Stories of nano beside the grammar they come from.
 
-    python -m benchmarks.nano.sampling [--count 100] [--mode ar|diffusion] [--temp 1]
+    python -m benchmarks.nano.sampling --model RUNG3 [--count 100] [--mode ar|diffusion] [--temp 1]
 
 Of texts drawn from a grammar, the mean of -log p is its entropy, which is known. So it is for a model that has
 learnt the grammar and is sampled in ar mode at temperature 1, with nothing cut off: a lower mean says that likely
@@ -61,7 +61,7 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="benchmarks.nano.sampling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="nano", help="a nano that has learnt stories (default: the embedded one)")
+    add("--model", required=True, help="a nano that has learnt stories (rung 3), as the embedded one has not")
     add("--count", type=int, default=100, help="stories (default: 100)")
     add("--mode", choices=("ar", "diffusion"), default="ar", help="(default: ar)")
     add("--temp", type=float, help="temperature in ar mode (1)")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.measure import Answer, Question, alternating, is_right, paired_ratio, t_quantile
+from benchmarks.measure import Question, Timed, alternating, is_right, paired_ratio, t_quantile
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.7764), (9, 2.2622), (19, 2.0930), (99, 1.9842)])
@@ -33,7 +33,7 @@ def test_the_interval_is_symmetric_in_the_logarithm_and_pairs_cancel():
 
 
 def test_figures_of_an_answer():
-    answer = Answer(
+    answer = Timed(
         tokens=[5, 6, 7, 1],
         prompt_tokens=40,
         prefill_seconds=0.5,

@@ -37,7 +37,11 @@ def test_other_texts_are_counted_apart():
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--count", "3"], "fewer than 20"), (["--mode", "diffusion", "--temp", "1"], "an option of ar mode")],
+    [
+        (["--model", "nano", "--count", "3"], "fewer than 20"),
+        (["--model", "nano", "--mode", "diffusion", "--temp", "1"], "an option of ar mode"),
+        ([], "--model"),
+    ],
 )
 def test_bad_usage(arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
