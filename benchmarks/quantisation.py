@@ -143,8 +143,9 @@ class Comparison:
 
     def _measured(self, name: str) -> tuple[list[Logs], dict[str, Run], dict[str, Any]]:
         """What a model says of the texts, its answers in both modes, and what it runs on."""
-        runs = {}
+        runs, engine = {}, None
         for mode, options in MODES.items():
+            del engine  # before there are weights twice
             engine = Ours(Setup(model=name, mode=mode, options=options))
             runs[mode] = Run(mode, {}, answers(engine, self.examples, [self.seed], self.judges))
         made = texts(engine.model, engine.tokenizer, min(self.count, MOST_TEXTS), self.seed)
