@@ -128,7 +128,7 @@ def test_the_drafter_that_comes_with_nano(nano, temperature, options):
         assert [r.token for r in drafted] == [r.token for r in plain]
         assert drafted[-1].drafter_failure is None
         passes[prompt] = drafted[-1].encode_forwards / plain[-1].encode_forwards
-    assert max(passes.values()) < 0.3, passes
+    assert max(passes.values()) < 0.2, passes
     assert sum(path.stat().st_size for path in (EMBEDDED / "drafter").iterdir()) < 3e6
 
 
