@@ -30,6 +30,9 @@ def run_command(
     args = parser.parse_args(argv)
     try:
         status = command(args)
+    except BrokenPipeError:  # whoever read what is printed has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        sys.exit(FAILED)
     except (InputError, OSError, MemoryError) as error:
         if getattr(args, "debug", False):
             raise

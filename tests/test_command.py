@@ -148,6 +148,13 @@ def test_debug_keeps_the_traceback(tmp_path):
         main(["--model", str(tmp_path), "--prompt", "x", "--debug"])
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    answering = [sys.executable, "-m", "mlx_dgemma", "generate", "--prompt", "json name=Ann age=31 city=Oslo"]
+    with subprocess.Popen(answering, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 1)
+
+
 def test_help_appears_without_loading_mlx():
     code = "import sys; sys.argv[1:] = ['generate', '--help']\n"
     code += "from mlx_dgemma.__main__ import main\ntry: main()\nexcept SystemExit: pass\n"

@@ -48,7 +48,7 @@ def _command(args: argparse.Namespace) -> None:
 
         from .faster import faster_layers
         from .rows import batches
-        from .trainer import STATE, Trainer
+        from .trainer import Trainer, read_state
     except ImportError as error:
         raise InputError(f"training needs torch and transformers ({error}); pip install -e '.[reference]'") from None
 
@@ -57,13 +57,15 @@ def _command(args: argparse.Namespace) -> None:
     _require_new(args.out)
     torch.manual_seed(args.seed)
     plan = _plan(args)
-    model, tokenizer = _initial(args, plan)
+    state = read_state(args.out, plan)  # of another run is said before anything is loaded
+    model, tokenizer = _initial(args, plan, begun=state is not None)
     if model.config.text_config.num_experts <= FEW_EXPERTS:
         faster_layers(model)
     is_half = args.device == "cuda" if args.autocast is None else args.autocast == "bfloat16"
     trainer = Trainer(model.to(args.device), tokenizer, plan, args.out, args.device, is_half)
-    if (args.out / STATE).exists():
-        trainer.resume()
+    if state is not None:
+        trainer.resume(state)
+        del state
     seed = args.seed * 1_000_003 + trainer.step  # a training that goes on meets new examples
     rows = _rows(args.data, plan, tokenizer, seed)
     canvas, pad = args.canvas or model.config.canvas_length, model.generation_config.pad_token_id
@@ -127,7 +129,9 @@ def _require_sound(args: argparse.Namespace) -> None:
         raise UsageError(said)
 
 
-def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
+def _initial(
+    args: argparse.Namespace, plan: Plan, begun: bool
+) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
@@ -135,10 +139,9 @@ def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlo
     from mlx_dgemma.loading import resolve
 
     from ..engines import require_readable
-    from .trainer import STATE
 
-    if (args.out / STATE).exists():
-        folder = args.out  # one begun before, whose weights are in its state
+    if begun:
+        folder = args.out  # whose weights, unrounded, are in its state
     elif args.init is not None:
         folder = resolve(args.init)
     else:

@@ -118,18 +118,25 @@ class Trainer:
         write_atomically(self.out / STATE, lambda path: torch.save(state, path))
         self._saved = self.step
 
-    def resume(self) -> None:
-        """Go on from the state in `out`. Raises UsageError for that of another run."""
-        path = self.out / STATE
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if changes := changes_in_words(by_option(asdict(self.plan)), by_option(state["plan"])):
-            raise UsageError(
-                f"{path}: was begun with other {changes}; give the same again to go on, or remove it to begin anew, "
-                "or name another --out"
-            )
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a state that was saved."""
         self.step, self._means = state["step"], state["means"]
         self.optimizers.load_state_dict(state["optimizers"])
         self._saved = self.step
+
+
+def read_state(out: Path, plan: Plan) -> dict[str, Any] | None:
+    """What a run that was begun in `out` goes on from, None: none was. Raises UsageError for that of another run."""
+    path = out / STATE
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if changes := changes_in_words(by_option(asdict(plan)), by_option(state["plan"])):
+        raise UsageError(
+            f"{path}: was begun with other {changes}; give the same again to go on, or remove it to begin anew, "
+            "or name another --out"
+        )
+    return state
 
 
 def by_option(plan: dict[str, Any]) -> dict[str, Any]:

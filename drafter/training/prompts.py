@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 ROLES = ("system", "user", "assistant", "model")  # "model" is what Gemma's templates write for "assistant"
-FORMS = '{"prompt": "..."}, {"messages": [...]} or a JSON string'
+FORMS = '{"prompt": "..."} or {"messages": [...]}'
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _line(raw: bytes, where: str) -> PromptLine:
 
 
 def _prompt(value: Any, where: str) -> str | list[Any]:
-    """What is to be answered. Further keys, a ready answer among them, are left alone: the model gives its own."""
+    """What is to be answered; a bare JSON string is, too. Further keys, a ready answer among them, are left alone."""
     if isinstance(value, dict):
         if ("prompt" in value) == ("messages" in value):
             raise InputError(f'{where}: must have either "prompt" or "messages"')
