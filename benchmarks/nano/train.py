@@ -32,6 +32,7 @@ from .tasks import RUNGS, TASKS, tasks_to, training_stream
 if TYPE_CHECKING:
     from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase
 
+    from ..examples import Example
     from .rows import Row
     from .trainer import Plan
 
@@ -47,6 +48,7 @@ def _command(args: argparse.Namespace) -> None:
         import torch
 
         from .faster import faster_layers
+        from .own import read
         from .rows import batches
         from .trainer import Trainer, read_state
     except ImportError as error:
@@ -58,7 +60,8 @@ def _command(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     plan = _plan(args)
     state = read_state(args.out, plan)  # of another run is said before anything is loaded
-    model, tokenizer = _initial(args, plan, begun=state is not None)
+    own = read(args.data) if args.data is not None else None
+    model, tokenizer = _initial(args, plan)
     if model.config.text_config.num_experts <= FEW_EXPERTS:
         faster_layers(model)
     is_half = args.device == "cuda" if args.autocast is None else args.autocast == "bfloat16"
@@ -67,7 +70,7 @@ def _command(args: argparse.Namespace) -> None:
         trainer.resume(state)
         del state
     seed = args.seed * 1_000_003 + trainer.step  # a training that goes on meets new examples
-    rows = _rows(args.data, plan, tokenizer, seed)
+    rows = _rows(own, plan, tokenizer, seed)
     canvas, pad = args.canvas or model.config.canvas_length, model.generation_config.pad_token_id
     args.out.mkdir(parents=True, exist_ok=True)
     with resumable(args.out, args.out):
@@ -75,9 +78,11 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def _require_new(out: Path) -> None:
-    """Raise UsageError for a folder with a checkpoint that no training here would go on from."""
+    """Raise UsageError for a file, or a folder with a checkpoint that no training here would go on from."""
     from .trainer import STATE
 
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is not a folder; name another --out")
     if (out / "config.json").exists() and not (out / STATE).exists():
         raise UsageError(f"{out}: holds a checkpoint, and no {STATE} of a training; name another --out")
 
@@ -114,6 +119,7 @@ def _require_sound(args: argparse.Namespace) -> None:
         "--data fine-tunes a checkpoint: say which one (--init)": is_own and is_random,
         "--shares is of nano's tasks (--rung), not of --data": is_own and args.shares is not None,
         f"--shares {', '.join(above)}: of a rung above --rung {args.rung}": bool(above),
+        "--minutes must be more than 0": not args.minutes > 0,
         f"--seed must be in 0-{LAST_SEED}": not 0 <= args.seed <= LAST_SEED,
         "--dtype is of the weights of --init; random ones are float32": is_random and args.dtype is not None,
         "--steps, --batch, --save-every and --canvas must be 1 at least": min(counts) < 1,
@@ -129,9 +135,8 @@ def _require_sound(args: argparse.Namespace) -> None:
         raise UsageError(said)
 
 
-def _initial(
-    args: argparse.Namespace, plan: Plan, begun: bool
-) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
+def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
+    """What a training begins with; one that goes on has what it trains in its state."""
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
@@ -140,12 +145,9 @@ def _initial(
 
     from ..engines import require_readable
 
-    if begun:
-        folder = args.out  # whose weights, unrounded, are in its state
-    elif args.init is not None:
-        folder = resolve(args.init)
-    else:
+    if args.init is None:
         return _random_nano(args.seed)
+    folder = resolve(args.init)
     config = folder / "config.json"
     require_readable(ModelConfig.from_dict(read_json(config), str(config)), str(folder))
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=getattr(torch, plan.dtype))
@@ -169,18 +171,20 @@ def _random_nano(seed: int) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrained
     return model, tokenizer
 
 
-def _rows(data: Path | None, plan: Plan, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[Row]:
+def _rows(
+    own: Sequence[Example] | None, plan: Plan, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Iterator[Row]:
     """Endless rows of nano's tasks or of the user's own data."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from .own import endless, read
+    from .own import encoded, endless
     from .rows import encode
     from .tokenizer import TURN_END
 
     (end,) = tokenizer.convert_tokens_to_ids([TURN_END])
     wrapped = TokenizerWrapper(tokenizer)
-    if data is not None:
-        return endless(read(data, wrapped, end), seed)
+    if own is not None:
+        return endless(encoded(own, wrapped, end), seed)
     return (
         encode(wrapped, end, example.prompt, example.answer, example.thought)
         for example in training_stream(seed, plan.shares)

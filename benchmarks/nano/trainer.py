@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase
 
 from mlx_dgemma.drafter.training.workspace import changes_in_words, write_atomically
-from mlx_dgemma.errors import UsageError
+from mlx_dgemma.errors import InputError, UsageError
 from mlx_dgemma.folders import sync
 
 from .objective import losses
@@ -107,33 +109,45 @@ class Trainer:
             log.write(json.dumps({"step": self.step, "seconds": round(seconds, 1), **self._means}) + "\n")
 
     def save(self) -> None:
-        """The checkpoint as it is now, and then the state: with any checkpoint of its run a state goes on."""
-        save_checkpoint(self.model, self.tokenizer, self.out)
+        """The state, and then the checkpoint: while `GROWING` is there, it is that of an earlier step, or none."""
+        growing = self.out / GROWING
+        shutil.rmtree(growing, ignore_errors=True)
+        growing.mkdir()
         state = {
             "step": self.step,
             "plan": asdict(self.plan),
             "means": self._means,
             "optimizers": self.optimizers.state_dict(),
         }
-        write_atomically(self.out / STATE, lambda path: torch.save(state, path))
+        with _told_as_os_errors():
+            write_atomically(self.out / STATE, lambda path: torch.save(state, path))
+            save_checkpoint(self.model, self.tokenizer, growing)
+        _take_places(growing, self.out)
         self._saved = self.step
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a state that was saved."""
         self.step, self._means = state["step"], state["means"]
         self.optimizers.load_state_dict(state["optimizers"])
-        self._saved = self.step
+        self._saved = None if (self.out / GROWING).exists() else self.step
 
 
 def read_state(out: Path, plan: Plan) -> dict[str, Any] | None:
-    """What a run that was begun in `out` goes on from, None: none was. Raises UsageError for that of another run."""
+    """What a run that was begun in `out` goes on from, None: none was.
+
+    Raises UsageError for that of another run, InputError for what is none.
+    """
     path = out / STATE
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if changes := changes_in_words(by_option(asdict(plan)), by_option(state["plan"])):
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        begun = by_option(state["plan"])
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is not the state of a training; remove {out}, or name another --out") from None
+    if changes := changes_in_words(by_option(asdict(plan)), begun):
         raise UsageError(
-            f"{path}: was begun with other {changes}; give the same again to go on, or remove it to begin anew, "
+            f"{out}: was begun with other {changes}; give the same again to go on, remove it to begin anew, "
             "or name another --out"
         )
     return state
@@ -163,18 +177,29 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         raise KeyboardInterrupt
 
 
-def save_checkpoint(model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the Hugging Face layout in bf16; its files take their places when all are whole."""
-    growing = out / GROWING
-    shutil.rmtree(growing, ignore_errors=True)
+@contextmanager
+def _told_as_os_errors() -> Iterator[None]:
+    """A full disk is a RuntimeError to torch, and one of its own to safetensors."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"cannot be written ({error})") from error
+
+
+def save_checkpoint(model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the Hugging Face layout in bf16."""
     is_half = model.dtype == torch.bfloat16
     half = model if is_half else copy.deepcopy(model).to(torch.bfloat16)
-    half.save_pretrained(growing)
-    tokenizer.save_pretrained(growing)
+    half.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _take_places(growing: Path, out: Path) -> None:
+    """Files of a whole checkpoint take their places in `out`; those of another one, cut otherwise, go."""
     files = list(growing.iterdir())
     for path in files:
         sync(path)
         os.replace(path, out / path.name)
-    growing.rmdir()
     for path in set(out.glob("model*.safetensors*")) - {out / path.name for path in files}:
-        path.unlink()  # of another model that was there, cut otherwise
+        path.unlink()
+    growing.rmdir()

@@ -67,9 +67,9 @@ def test_a_fine_tuning_does_not_go_on_with_other_data(begun, tuned, tmp_path, en
 def test_a_line_that_cannot_be_learnt_is_named(loaded, tmp_path, line, said):
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from benchmarks.nano.own import read
+    from benchmarks.nano.own import encoded, read
 
     path = tmp_path / "own.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
     with pytest.raises(InputError, match=f"{path}, line 2: .*{said}"):
-        read(path, TokenizerWrapper(loaded[1]), 6)
+        encoded(read(path), TokenizerWrapper(loaded[1]), 6)

@@ -36,6 +36,8 @@ pytestmark = [pytest.mark.reference, pytest.mark.usefixtures("not_compiled")]
         (["--steps", "1", "--rung", "1", "--shares", "json=1,minimal=1"], "minimal is never trained on", 2),
         (["--steps", "1", "--rung", "1", "--shares", "json=1,story=1"], "--shares story: of a rung above", 2),
         (["--steps", "1", "--rung", "1", "--seed", "1" + "0" * 15], "--seed must be in", 2),
+        (["--steps", "1", "--rung", "1", "--minutes", "0"], "--minutes must be more than 0", 2),
+        (["--steps", "1", "--rung", "1", "--minutes", "nan"], "--minutes must be more than 0", 2),
         (["--steps", "1", "--rung", "1", "--device", "cuda"], "no CUDA", 2),
         (["--steps", "1", "--init", "nano", "--data", "/missing.jsonl"], "cannot be read", 1),
         (["--steps", "1", "--init", "/missing", "--rung", "1"], "/missing", 1),

@@ -1,11 +1,14 @@
 """A training is stopped, saved, and goes on; another one does not."""
 
 import json
+import resource
 import shutil
 import signal
+from contextlib import contextmanager
 
 import pytest
 
+from benchmarks.nano import train
 from tests.benchmarks.nano.fixtures import tensors
 
 pytestmark = [pytest.mark.reference, pytest.mark.usefixtures("not_compiled")]
@@ -64,27 +67,66 @@ def test_a_second_ctrl_c_does_not_wait():
     assert passed == [True] and signal.getsignal(signal.SIGINT) is usual
 
 
+@contextmanager
+def full_disk():
+    """No file may be longer than this, so that the writers of torch and safetensors fail as they do."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+@contextmanager
+def no_room_for(part, monkeypatch):
+    """One part of what is saved."""
+    from benchmarks.nano import trainer
+
+    name = {"state": "write_atomically", "checkpoint": "save_checkpoint"}[part]
+    write = getattr(trainer, name)
+
+    def fail(*arguments):
+        with full_disk():
+            write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, name, fail)
+        yield
+
+
 @pytest.mark.parametrize("part", ["checkpoint", "state"])
 def test_a_save_that_fails_leaves_what_goes_on(stopped, ended, monkeypatch, part):
-    import torch
-    from transformers import PreTrainedTokenizerBase
+    command, out = stopped
+    before = tensors(out)
+    with no_room_for(part, monkeypatch):
+        status, said = ended(command)
+    assert status == 1 and "cannot be written" in said.splitlines()[-1] and "Traceback" not in said
+    after = tensors(out)
+    assert state_of(out)[0] == (1 if part == "state" else 3)
+    assert after.keys() == before.keys() and all(after[name].equal(before[name]) for name in before)
+    assert ended(command)[0] == 0 and state_of(out)[0] == 3
+    assert not all(tensors(out)[name].equal(before[name]) for name in before), "the checkpoint is the last step's"
+    assert not [path for path in out.iterdir() if path.name.startswith((".", "new-"))]
 
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
+
+@pytest.mark.parametrize("part", ["checkpoint", "state"])
+def test_a_first_save_that_fails_is_no_foreign_checkpoint(begun, tmp_path, ended, monkeypatch, part):
+    out = tmp_path / "out"
+    command = ["--init", str(begun), "--rung", "1", "--steps", "1", "--batch", "2", "--out", str(out)]
+    with no_room_for(part, monkeypatch):
+        assert ended(command)[0] == 1
+    assert ended(command)[0] == 0 and state_of(out)[0] == 1 and tensors(out)
+
+
+def test_what_is_no_state_is_said(stopped, ended):
+    import torch
 
     command, out = stopped
-    before, step = tensors(out), state_of(out)[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            *((PreTrainedTokenizerBase, "save_pretrained") if part == "checkpoint" else (torch, "save")), fail
-        )
-        status, said = ended(command)
-    assert status == 1 and "No space left" in said.splitlines()[-1]
-    after = tensors(out)
-    assert state_of(out)[0] == step and after.keys() == before.keys()
-    assert all(after[name].equal(before[name]) for name in before) is (part == "checkpoint")
-    assert ended(command)[0] == 0 and state_of(out)[0] == 3
-    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    for write in (lambda path: path.write_bytes(b"x"), lambda path: torch.save({"step": 1}, path)):
+        write(out / "state.pt")
+        status, err = ended(command)
+        assert status == 1 and f"state.pt: is not the state of a training; remove {out}" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -97,11 +139,12 @@ def test_a_save_that_fails_leaves_what_goes_on(stopped, ended, monkeypatch, part
         (["--seed", "1", "--dtype", "bfloat16"], "--dtype and --seed"),
     ],
 )
-def test_another_training_does_not_go_on(stopped, ended, changed, said):
+def test_another_training_does_not_go_on(stopped, ended, monkeypatch, changed, said):
     command, out = stopped
+    monkeypatch.setattr(train, "_initial", None)  # nothing is loaded for that
     before = (out / "state.pt").read_bytes()
     status, err = ended([*command, *changed])
-    assert status == 2 and f"state.pt: was begun with other {said}; give the same" in err.splitlines()[-1]
+    assert status == 2 and f"{out}: was begun with other {said}; give the same" in err.splitlines()[-1]
     assert (out / "state.pt").read_bytes() == before
 
 
