@@ -188,12 +188,12 @@ LINE = "  {:14}{:>9}{:>11}{:>10}  |  {:>10}   {}"
 
 
 def together(tallies: Mapping[str, Tally]) -> Rows:
-    """All domains, weighted by the shares of those that have right answers."""
+    """All domains, weighted by the shares of those that have right answers; empty if none has."""
     rows: Rows = {}
-    for drafter in next(iter(tallies.values())).works:
-        counted = [(DOMAINS[name].share, tally.works[drafter]) for name, tally in tallies.items() if tally.right]
-        whole = sum(share for share, _ in counted)
-        work = mix((share / whole, per_token(works)) for share, works in counted)
+    counted = {name: tally.works for name, tally in tallies.items() if tally.right}
+    whole = sum(DOMAINS[name].share for name in counted)
+    for drafter in next(iter(counted.values()), ()):
+        work = mix((DOMAINS[name].share / whole, per_token(works[drafter])) for name, works in counted.items())
         rows[drafter] = (work, work.seconds / rows[PLAIN][0].seconds if rows else None)
     return rows
 
@@ -212,7 +212,7 @@ def show(rows: Rows) -> dict[str, Any]:
 
 
 def _width(text: str) -> int | None:
-    width = int(text) if text.removeprefix("-").isdigit() else text
+    width = int(text) if text.removeprefix("-").isdecimal() else text
     if width == AUTO:
         return None
     check_limits(None, None, 0, ORACLE, width)

@@ -16,6 +16,7 @@ from .nano.generators.stories import is_story
 
 Checker = Callable[[str, Fields], bool]
 SIDES = {4: 2, 9: 3}  # of a Sudoku: rows, and rows of a box
+RULE = re.compile(r"[-+|=:\s]+")  # between rows, of a table or of boxes
 FENCED = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
 
 
@@ -41,9 +42,9 @@ def sudoku(text: str, fields: Fields) -> bool:
     """The last whole grid in the text has every digit once a row, column and box, and keeps the prompt's givens.
 
     A grid, 4x4 or 9x9, is so many rows of so many digits behind each other, between spaces or newlines; `.` in the
-    prompt's is a blank. In the answer, commas, bars and marks of emphasis count as spaces, and the digits of a row
-    that has a line to itself may stand apart. Rows behind each other that do not make whole grids make none: which
-    ones are meant is open.
+    prompt's is a blank. In the answer, commas, bars, brackets and marks of emphasis count as spaces, lines that are
+    drawn between rows as nothing, and the digits of a row that has a line to itself may stand apart. Rows behind each
+    other that do not make whole grids make none: which ones are meant is open.
     """
     givens = puzzle(fields)
     side, box = len(givens), SIDES[len(givens)]
@@ -69,13 +70,17 @@ def _end(text: str) -> str:
 
 
 def contains(text: str, fields: Fields) -> bool:
-    """The answer is in the text, in the same case, and not inside of a word or a number: 3 is not in -3 or 0.3."""
+    """The answer is in the text, in the same case, with no letter, digit or underscore beside it.
+
+    A number also stands not behind a minus sign or a dot, nor beside a comma, dot or slash that a digit is behind or in
+    front of: 3 is not in -3, 0.3, 3,000 or 1/3.
+    """
     return any(re.search(_whole(answer.strip()), text) for answer in accepted(fields))
 
 
 def _whole(answer: str) -> str:
-    before = r"(?<!\d,)(?<![.-])" if answer[:1].isdigit() else ""
-    behind = r"(?![.,]\d)" if answer[-1:].isdigit() else ""
+    before = r"(?<!\d[,/])(?<![.\u2212-])" if answer[:1].isdigit() else ""
+    behind = r"(?![.,/]\d)" if answer[-1:].isdigit() else ""
     return rf"(?<!\w){before}{re.escape(answer)}(?!\w){behind}"
 
 
@@ -113,7 +118,8 @@ def _prompt_text(fields: Fields) -> str:
 
 def _closed_up(text: str, side: int) -> str:
     """Rows without what people set between digits and behind the last one."""
-    lines = [re.sub(r"(?<=\d)\.(?!\S)", "", re.sub("[,;|*`]", " ", line)).split() for line in text.splitlines()]
+    rows = [line for line in text.splitlines() if not RULE.fullmatch(line)]
+    lines = [re.sub(r"(?<=\d)\.(?!\S)", "", re.sub(r"[,;|*`\[\]]", " ", row)).split() for row in rows]
     return "\n".join("".join(line) if len(line) == side == len("".join(line)) else " ".join(line) for line in lines)
 
 

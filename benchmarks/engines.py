@@ -48,9 +48,10 @@ class Ours:
         from mlx_dgemma.drafter import make
         from mlx_dgemma.loading import load, resolve
 
+        dtype = _mlx_dtype(setup.dtype)  # what cannot run is not fetched
         self._setup = setup
         self._folder = resolve(setup.model, setup.revision)
-        self.model, self.tokenizer = load(self._folder, dtype=_mlx_dtype(setup.dtype))
+        self.model, self.tokenizer = load(self._folder, dtype=dtype)
         self.config = setup.config(self.model.generation_config)
         options = setup.given
         self._drafter = make(options.get("drafter"), self.model, **{n: options.get(n) for n in OF_A_DRAFTER})
@@ -208,14 +209,14 @@ class Vlm(Other):
     """mlx-vlm, set to the reference sampler."""
 
     def __init__(self, setup: Setup):
-        from .vlm import MlxVlm, installed_version
-
-        installed_version()  # said before anything is loaded
-        super().__init__(setup)
         import mlx.core as mx
 
+        from .vlm import MlxVlm, installed_version
+
+        installed_version()  # this and the dtype are said before anything is loaded
         is_cpu = mx.default_device() == mx.cpu
         dtype = _mlx_dtype(setup.dtype or ("float32" if is_cpu else None))  # what `load` chooses
+        super().__init__(setup)
         self._engine = MlxVlm(self.folder, self.shape, dtype)
         self._facts = {
             "engine": self._engine.name,
@@ -249,7 +250,7 @@ def require_readable(shape: ModelConfig, name: str) -> None:
     if shape.quantization is not None and "quant_method" not in shape.quantization:
         raise InputError(
             f"{name}: its weights are quantised as MLX does, which transformers cannot read; "
-            "write floats with mlx_dgemma.convert --export hf"
+            "write floats with mlx_dgemma.convert --dequantize --export hf"
         )
 
 

@@ -34,9 +34,10 @@ import numpy as np
 
 from mlx_dgemma import convert
 from mlx_dgemma.command import Parser, run_command
+from mlx_dgemma.config import ModelConfig, read_json
 from mlx_dgemma.convert.conversion import Conversion, Options
 from mlx_dgemma.convert.recipes import DEFAULTS, RECIPES, Scheme, get_recipe
-from mlx_dgemma.errors import UsageError
+from mlx_dgemma.errors import InputError, UsageError
 from mlx_dgemma.files import require_place, write_whole
 from mlx_dgemma.loading import resolve
 from mlx_dgemma.prompt import encode_prompt
@@ -186,12 +187,20 @@ def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return ways | {f"-q {mode}": {"quantize": True, "q_mode": mode} for mode in modes}
 
 
+def _require_floats(model: str) -> None:
+    """Raise InputError for what is quantised: there is no original to compare with."""
+    path = resolve(model) / "config.json"
+    if ModelConfig.from_dict(read_json(path), str(path)).quantization is not None:
+        raise InputError(f"{model}: is quantised; name the floats that it was made from")
+
+
 def _command(args: argparse.Namespace) -> None:
     if not 1 <= args.count <= MOST_HELD_OUT:
         raise UsageError(f"--count must lie in 1-{MOST_HELD_OUT}, not {args.count}")
     ways = chosen(args)
     if args.json:
         require_place(args.json)
+    _require_floats(args.model)
     comparison = Comparison(args.model, args.count, args.seed)
     result = comparison.facts | {"prompts a task": args.count, "seed": args.seed}
     print("\n".join(f"{key}: {value}" for key, value in result.items()), end="\n\n")

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from ..model import DiffusionGemma
 
 # Drafts accepted a round, and passes of nano a token, greedy, at width 16 (`python -m benchmarks.causal --examples 4
-# --drafter canvas:32x1 --drafter canvas:32x2 ...`, nano's five domains by their shares):
+# --drafter canvas:32x1 --drafter canvas:32x2 ... --domain edit ...`, nano's five tasks by their shares):
 #     steps                 1            2             4
 #     32 positions    6.5 / 0.32   8.5 / 0.37    8.2 / 0.61     what a second pass brings does not pay for it
-#     64 positions    7.9 / 0.28   9.1 / 0.35   10.0 / 0.51     a seventh fewer passes, each twice as wide
+#     64 positions    7.9 / 0.28   9.1 / 0.35   10.0 / 0.51     fewer passes, each twice as wide
 # Of the first nano (2.2 M parameters), tokens a round: uniform noise 4.3, a constant id 4.3 (id 4) or 3.4 (pad); with 2
 # steps, self-conditioning pinned at the known slot 4.1, left out 3.7.
 LENGTH, STEPS = 32, 1

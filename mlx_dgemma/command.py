@@ -30,6 +30,7 @@ def run_command(
     args = parser.parse_args(argv)
     try:
         status = command(args)
+        sys.stdout.flush()  # what it ends in is told below, and not by the interpreter
     except BrokenPipeError:  # whoever read what is printed has seen enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         sys.exit(FAILED)

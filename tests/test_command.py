@@ -148,9 +148,16 @@ def test_debug_keeps_the_traceback(tmp_path):
         main(["--model", str(tmp_path), "--prompt", "x", "--debug"])
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    answering = [sys.executable, "-m", "mlx_dgemma", "generate", "--prompt", "json name=Ann age=31 city=Oslo"]
-    with subprocess.Popen(answering, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+REPORTS = "from mlx_dgemma.command import *; run_command(lambda args: print('a report'), Parser(prog='it'), [])"
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "mlx_dgemma", "generate", "--prompt", "json name=Ann age=31 city=Oslo"], ["-c", REPORTS]]
+)
+def test_a_reader_that_has_seen_enough_is_no_error(command, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is printed waits
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *command], **piped) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", 1)
 

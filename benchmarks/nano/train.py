@@ -171,9 +171,7 @@ def _random_nano(seed: int) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrained
     return model, tokenizer
 
 
-def _rows(
-    own: Sequence[Example] | None, plan: Plan, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> Iterator[Row]:
+def _rows(own: Sequence[Example] | None, plan: Plan, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[Row]:
     """Endless rows of nano's tasks or of the user's own data."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 

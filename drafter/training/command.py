@@ -9,6 +9,7 @@ from dataclasses import fields
 
 from ...command import Parser, run_command
 from .options import DTYPES, FAMILIES, SAVE_EVERY, Options, Sizes
+from .prompts import FORMS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,12 +27,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="nano", help='whom it drafts for: a folder, a Hub id, or "nano" (default: nano)')
     add("--revision", help="of the Hub repository (default: its main branch)")
-    add(
-        "--prompts",
-        required=True,
-        metavar="FILE",
-        help='a JSON line each: {"prompt": "..."}, {"messages": [...]}, or a string',
-    )
+    add("--prompts", required=True, metavar="FILE", help=f"a JSON line each: {FORMS}")
     add("--out", required=True, metavar="FOLDER", help="to write the drafter to; must not exist")
     add("--init", metavar="DRAFTER", help='continue this one: a folder, a Hub id, or "nano" (default: a new one)')
     group = parser.add_argument_group("answers")

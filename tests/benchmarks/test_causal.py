@@ -110,6 +110,7 @@ def test_all_domains_together_weigh_their_shares_and_those_without_a_right_answe
     assert ratio == pytest.approx((0.35 * 0.05 + 0.20 * 0.1) / 0.55 / 0.1)
     assert tallies["json"].rows() == {}
     assert tallies["edit"].rows()["lookup"] == (per_token([quick]), None)
+    assert together({"json": tallies["json"]}) == {}
 
 
 def test_wrong_answers_are_left_out(nano):
@@ -157,6 +158,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     with pytest.raises(SystemExit):
         causal.main(["--domain", "poems"])
     assert "--domain poems: there are edit, json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        causal.main(["--draft-width", "²"])
+    assert "draft_width" in capsys.readouterr().err
 
 
 # --- speed

@@ -19,6 +19,9 @@ def always(text, fields):
     return fields.get("easy", False)
 
 
+THREE_ELSEWHERE = ["0.3", "-3", "\u22123", "3.5", "3,5", "0,3", "13", "x3", "1/3", "3/4"]
+
+
 def broken(text, fields):
     raise KeyError("out of cheese")
 
@@ -52,7 +55,7 @@ def vague(text, fields):
         ("final", "132", ["132", "47 + 85 = 132", "7 + 5 = 12\n47 + 85 = 132\n", "So it is\n132"], ["47 + 85", "1132"]),
         ("final", "7 + 5 = 12\n47 + 85 = 132", ["132", "= 132"], ["12", "132 = 47 + 85", "7 + 5 = 12\n"]),
         ("contains", "Paris", ["It is Paris.", "Paris", "(Paris)"], ["paris", "Parisian", "comParis", ""]),
-        ("contains", "3", ["3", "It is 3.", "3, 4", "a,3", "(3)"], ["0.3", "-3", "3.5", "3,5", "0,3", "13", "x3"]),
+        ("contains", "3", ["3", "It is 3.", "3, 4", "a,3", "(3)", "and/3"], THREE_ELSEWHERE),
         ("contains", "C++", ["C++ is", "use C++."], ["C+", "C++y"]),
     ],
 )
@@ -83,6 +86,7 @@ def test_a_sudoku_is_right_whatever_its_solution_is(separator):
         "1234 3412 2143 4325",
         f"{GRID} 1234",  # a row too many: which four are meant?
         f"{GRID}\n\n1111 2222",
+        f"{GRID}\n----\n1111 2222",
         "1234 2341 3412 4123",  # boxes
         "1234 3412 1243 4321",  # columns
         "1224 3412 2143 4321",  # rows
@@ -99,6 +103,9 @@ def test_a_sudoku_is_wrong(text):
         GRID + ".",
         GRID.replace(" ", ", "),
         "\n".join(f"| {' | '.join(row)} |" for row in GRID.split()),
+        "\n".join(["| 1 | 2 | 3 | 4 |", "|---|:-:|---|---|", *(f"| {' | '.join(row)} |" for row in GRID.split()[1:])]),
+        "\n".join(f"[{', '.join(row)}]," for row in GRID.split()),
+        "1 2 | 3 4\n3 4 | 1 2\n----+----\n2 1 | 4 3\n4 3 | 2 1",
         "\n".join(" ".join(row) for row in GRID.split()) + "\n\nEvery row has 1 2 3 4 once.",
         f"**{GRID}**",
     ],

@@ -1,6 +1,7 @@
 """What a recipe costs: divergence by hand and of models with themselves, a whole row, and mistakes in one line."""
 
 import json
+import weakref
 from dataclasses import asdict
 
 import mlx.core as mx
@@ -10,9 +11,11 @@ from mlx.utils import tree_map
 
 from benchmarks import quantisation
 from benchmarks.engine import Answered
+from benchmarks.engines import Ours
 from benchmarks.nano.tasks import held_out
-from benchmarks.quantisation import KINDS, NOISE, TASKS, divergences, texts
+from benchmarks.quantisation import KINDS, NOISE, divergences, texts
 from benchmarks.records import Record, Run
+from mlx_dgemma import convert
 from mlx_dgemma.model import DiffusionGemma
 
 
@@ -68,6 +71,15 @@ def test_canvases_are_noised_as_much_as_said_and_alike_for_one_seed(nano, one):
 
 
 def test_the_command_writes_a_row_of_each_recipe(tmp_path, capsys, monkeypatch):
+    engines = []
+
+    class Watched(Ours):
+        def __init__(self, setup):
+            assert not any(engine() for engine in engines), "there are weights twice"
+            super().__init__(setup)
+            engines.append(weakref.ref(self))
+
+    monkeypatch.setattr(quantisation, "Ours", Watched)
     monkeypatch.setattr(quantisation, "TASKS", ("reverse",))
     quantisation.main(["--recipe", "default", "--count", "1", "--json", str(tmp_path / "q.json")])
     result, printed = json.loads((tmp_path / "q.json").read_text()), capsys.readouterr().out.splitlines()
@@ -77,6 +89,7 @@ def test_the_command_writes_a_row_of_each_recipe(tmp_path, capsys, monkeypatch):
     assert 4 < default["bits"] < original["bits"] == 16
     assert default["ar"]["exact"] == 100 and default["ar"]["tasks"] == {"reverse": 100}
     assert original["records"]["ar"][0]["text"] == held_out("reverse", 1)[0].answer
+    assert len(engines) == 4, "original and recipe, in both modes"
     points = default["ar"]["difference"]
     assert points["value"] == 0 and points["low"] == pytest.approx(-points["high"]) and 50 < points["high"] < 100
     assert default["steps"] == default["records"]["diffusion"][0]["denoise_forwards"] > 0
@@ -101,10 +114,6 @@ def test_a_difference_is_in_points_and_paired():
     assert quantisation.shown(points).startswith("+25.0 [+1")
 
 
-def test_tasks_are_those_that_nano_has_learnt():
-    assert set(TASKS) == {"json", "extract", "edit", "function", "sudoku", "reverse"}
-
-
 BAD = {
     "no prompts": (["--count", "0"], 2, "--count must lie in 1-200, not 0"),
     "too many prompts": (["--count", "201"], 2, "--count must lie in 1-200, not 201"),
@@ -121,3 +130,11 @@ def test_bad_input_is_one_line(name, capsys):
         quantisation.main(argv)
     error = capsys.readouterr().err
     assert end.value.code == status and len(error.splitlines()) == 1 and said in error
+
+
+def test_what_is_quantised_already_has_no_original(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quantisation, "Comparison", None)  # nothing is answered for that
+    folder = convert("nano", tmp_path / "q4", quantize=True, progress=False)
+    with pytest.raises(SystemExit) as end:
+        quantisation.main(["--model", str(folder)])
+    assert end.value.code == 1 and "q4: is quantised; name the floats" in capsys.readouterr().err
