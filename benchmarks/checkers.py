@@ -42,9 +42,9 @@ def sudoku(text: str, fields: Fields) -> bool:
     """The last whole grid in the text has every digit once a row, column and box, and keeps the prompt's givens.
 
     A grid, 4x4 or 9x9, is so many rows of so many digits behind each other, between spaces or newlines; `.` in the
-    prompt's is a blank. In the answer, commas, bars, brackets and marks of emphasis count as spaces, lines that are
-    drawn between rows as nothing, and the digits of a row that has a line to itself may stand apart. Rows behind each
-    other that do not make whole grids make none: which ones are meant is open.
+    prompt's is a blank. In the answer, commas, bars, brackets and marks of emphasis count as spaces, lines of nothing
+    but -, +, |, = and : are left out, and the digits of a row that has a line to itself may stand apart. Rows behind
+    each other that do not make whole grids make none: which ones are meant is open.
     """
     givens = puzzle(fields)
     side, box = len(givens), SIDES[len(givens)]
@@ -72,8 +72,8 @@ def _end(text: str) -> str:
 def contains(text: str, fields: Fields) -> bool:
     """The answer is in the text, in the same case, with no letter, digit or underscore beside it.
 
-    A number also stands not behind a minus sign or a dot, nor beside a comma, dot or slash that a digit is behind or in
-    front of: 3 is not in -3, 0.3, 3,000 or 1/3.
+    A number also has no minus sign or dot in front of it, and no comma, dot or slash between it and a further digit:
+    3 is not in -3, 1-3, 0.3, 3,000 or 1/3.
     """
     return any(re.search(_whole(answer.strip()), text) for answer in accepted(fields))
 

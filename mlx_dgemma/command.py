@@ -30,21 +30,32 @@ def run_command(
     args = parser.parse_args(argv)
     try:
         status = command(args)
-        sys.stdout.flush()  # what it ends in is told below, and not by the interpreter
-    except BrokenPipeError:  # whoever read what is printed has seen enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        sys.exit(FAILED)
+    except BrokenPipeError:
+        status = FAILED
     except (InputError, OSError, MemoryError) as error:
         if getattr(args, "debug", False):
             raise
         print(f"{parser.prog}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        sys.exit(BAD_USAGE if isinstance(error, UsageError) else FAILED)
+        status = BAD_USAGE if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off the line
         print(f"{parser.prog}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        status = INTERRUPTED
+    if not _is_read():
+        status = status or FAILED
     if status:
         sys.exit(status)
+
+
+def _is_read() -> bool:
+    """Whether whoever reads what was printed took all of it; else, as behind `head`, the rest goes nowhere."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def use_device(name: str | None) -> None:

@@ -148,18 +148,32 @@ def test_debug_keeps_the_traceback(tmp_path):
         main(["--model", str(tmp_path), "--prompt", "x", "--debug"])
 
 
-REPORTS = "from mlx_dgemma.command import *; run_command(lambda args: print('a report'), Parser(prog='it'), [])"
+def program(does):
+    """Python that runs a command."""
+    code = f"from mlx_dgemma.command import *\ndef command(args):\n print('a report')\n {does}\n"
+    return ["-c", f"{code}run_command(command, Parser(prog='it'), [])"]
 
 
 @pytest.mark.parametrize(
-    "command", [["-m", "mlx_dgemma", "generate", "--prompt", "json name=Ann age=31 city=Oslo"], ["-c", REPORTS]]
+    ("command", "status", "said"),
+    [
+        (["-m", "mlx_dgemma", "generate", "--prompt", "json name=Ann age=31 city=Oslo"], 1, ""),
+        (program("return"), 1, ""),
+        (program("raise UsageError('no')"), 2, "it: no\n"),
+    ],
 )
-def test_a_reader_that_has_seen_enough_is_no_error(command, monkeypatch):
+def test_a_reader_that_has_seen_enough_is_no_error(command, status, said, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is printed waits
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, *command], **piped) as process:
         process.stdout.close()
-        assert (process.stderr.read(), process.wait()) == ("", 1)
+        assert (process.stderr.read(), process.wait()) == (said, status)
+
+
+def test_without_any_output_all_is_well():
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, *program("return")]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
+    assert (done.stderr, done.returncode) == ("", 0)
 
 
 def test_help_appears_without_loading_mlx():

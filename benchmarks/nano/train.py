@@ -136,7 +136,7 @@ def _require_sound(args: argparse.Namespace) -> None:
 
 
 def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase]:
-    """What a training begins with; one that goes on has what it trains in its state."""
+    """What a training begins with, or goes on with: its own checkpoint, but for the weights, which its state has."""
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
@@ -145,9 +145,12 @@ def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlo
 
     from ..engines import require_readable
 
-    if args.init is None:
+    if (args.out / "config.json").exists():
+        folder = args.out
+    elif args.init is not None:
+        folder = resolve(args.init)
+    else:
         return _random_nano(args.seed)
-    folder = resolve(args.init)
     config = folder / "config.json"
     require_readable(ModelConfig.from_dict(read_json(config), str(config)), str(folder))
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=getattr(torch, plan.dtype))

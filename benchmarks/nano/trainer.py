@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedTokenizerBase
 
@@ -119,9 +118,8 @@ class Trainer:
             "means": self._means,
             "optimizers": self.optimizers.state_dict(),
         }
-        with _told_as_os_errors():
-            write_atomically(self.out / STATE, lambda path: torch.save(state, path))
-            save_checkpoint(self.model, self.tokenizer, growing)
+        write_atomically(self.out / STATE, lambda path: _write(torch.save, state, path))
+        save_checkpoint(self.model, self.tokenizer, growing)
         _take_places(growing, self.out)
         self._saved = self.step
 
@@ -141,7 +139,7 @@ def read_state(out: Path, plan: Plan) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         begun = by_option(state["plan"])
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: is not the state of a training; remove {out}, or name another --out") from None
@@ -177,26 +175,27 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         raise KeyboardInterrupt
 
 
-@contextmanager
-def _told_as_os_errors() -> Iterator[None]:
-    """A full disk is a RuntimeError to torch, and one of its own to safetensors."""
+def _write(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call what writes. Raises OSError: torch, safetensors and tokenizers have each another name for a full disk."""
     try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot be written ({error})") from error
+        function(*arguments)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"cannot be written; is the disk full? ({error})") from error
 
 
 def save_checkpoint(model: DiffusionGemmaForBlockDiffusion, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the Hugging Face layout in bf16."""
     is_half = model.dtype == torch.bfloat16
     half = model if is_half else copy.deepcopy(model).to(torch.bfloat16)
-    half.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _write(half.save_pretrained, folder)
+    _write(tokenizer.save_pretrained, folder)
 
 
 def _take_places(growing: Path, out: Path) -> None:
-    """Files of a whole checkpoint take their places in `out`; those of another one, cut otherwise, go."""
-    files = list(growing.iterdir())
+    """Files of a whole checkpoint take their places in `out`, that which makes it one last; others' weights go."""
+    files = sorted(growing.iterdir(), key=lambda path: path.name == "config.json")
     for path in files:
         sync(path)
         os.replace(path, out / path.name)

@@ -36,7 +36,7 @@ def loaded(begun):
 
 @pytest.fixture
 def ended(capsys):
-    """(status, what is said) of the command, in this process."""
+    """(status, what is said) of the command, in this process; SIGINT is left as it was."""
     handler = signal.getsignal(signal.SIGINT)
 
     def call(arguments):
