@@ -5,99 +5,39 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint import INDEX, Checkpoint
-from mlx_dgemma.config import read_json
 from mlx_dgemma.convert import engine, shards
-from mlx_dgemma.convert.engine import SLACK, Job, run, verify
-from mlx_dgemma.convert.journal import JOURNAL, Journal, fingerprint
+from mlx_dgemma.convert.engine import SLACK, Job, verify
+from mlx_dgemma.convert.journal import JOURNAL, fingerprint
 from mlx_dgemma.convert.shards import Output, Reader
 from mlx_dgemma.errors import InputError, UsageError
 from tests.convert.fixtures import contents
-
-FACTS = {"sources": ["model.safetensors"], "options": {"bits": 4}}
-FILES = {"config.json": b'{"model_type": "test"}', "tokenizer.json": b"{}"}
-MODULES = 5
-CHUNKS = 4
-
-
-def content(output: Output) -> bytes:
-    return np.random.default_rng(list(output.name.encode())).bytes(output.nbytes)
-
-
-def module(index: int, chunked: Counter | None = None) -> Job:
-    """Weight, scales and biases of a module, which grow in parallel."""
-    name = f"layers.{index}"
-    outputs = (
-        Output(f"{name}.weight", "U32", (CHUNKS, 6)),
-        Output(f"{name}.scales", "BF16", (CHUNKS, 3)),
-        Output(f"{name}.biases", "F8_E4M3", (CHUNKS, 5)),
-    )
-
-    def produce():
-        for chunk in range(CHUNKS):
-            for number, output in enumerate(outputs):
-                size = output.nbytes // CHUNKS
-                if chunked is not None:
-                    chunked[name] += 1
-                yield number, content(output)[chunk * size : (chunk + 1) * size]
-
-    return Job(outputs, produce)
-
-
-def convert(out: Path, chunked: Counter | None = None, jobs: list[Job] | None = None, **options) -> Path:
-    jobs = [module(index, chunked) for index in range(MODULES)] if jobs is None else jobs
-    options = {"fingerprint": FACTS, "files": FILES, "progress": False, "shard_size": 300, **options}
-    return run(jobs, out, **options)
-
-
-def partial(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
-
-
-def is_loadable(folder: Path) -> bool:
-    try:
-        read_json(folder / "config.json")
-        Checkpoint(folder)
-    except InputError:
-        return False
-    return True
+from tests.convert.jobs import (
+    CHUNKS,
+    FACTS,
+    FILES,
+    MODULES,
+    Stopped,
+    content,
+    convert,
+    is_loadable,
+    module,
+    partial,
+    stopping,
+)
 
 
 @pytest.fixture
 def whole(tmp_path) -> dict[str, bytes]:
     """What an undisturbed run writes."""
     return contents(convert(tmp_path / "whole"))
-
-
-class Stopped(Exception):
-    pass
-
-
-def stopping(index: int, chunk: int, error: BaseException | None = None) -> list[Job]:
-    """The jobs, of which one stops after some chunks."""
-    jobs = [module(number) for number in range(MODULES)]
-    good = jobs[index]
-
-    def produce():
-        for number, item in enumerate(good.produce()):
-            if number == chunk:
-                raise error or Stopped
-            yield item
-
-    jobs[index] = Job(good.outputs, produce)
-    return jobs
 
 
 # --- what is written
@@ -382,193 +322,6 @@ def test_the_fingerprint_of_sources(tmp_path):
     os.utime(shard, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert fingerprint(paths, {"bits": 4})["sources"] != before["sources"]
     assert fingerprint(paths, {"bits": 8})["options"] != before["options"]
-
-
-# --- kills
-
-
-def forked(call: Callable[[], None]) -> int:
-    """The signal that ended a copy of this process, or 0; MLX's threads and GPU do not survive a fork."""
-    child = os.fork()
-    if child == 0:
-        try:
-            engine.mx = SimpleNamespace(clear_cache=lambda: None)
-            call()
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(99)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return -status
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_at_line(number: int) -> Counter:
-    """SIGKILL when this line of mlx_dgemma.convert is the next, counted over all threads."""
-    lines = Counter()
-
-    def trace(frame, event, _):
-        if "convert/" not in frame.f_code.co_filename.replace(os.sep, "/") or "tests" in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            lines["run"] += 1
-            if lines["run"] == number:
-                die()
-        return trace
-
-    threading.settrace(trace)
-    sys.settrace(trace)
-    return lines
-
-
-def kill_everywhere(folder: Path, step: int) -> None:
-    """Killed at every `step`-th line, resumed; then killed again and again until it is done."""
-    convert(folder / "whole")
-    whole, out, kills = contents(folder / "whole"), folder / "out", Counter()
-
-    def killed(number):
-        def call():
-            kill_at_line(number)
-            convert(out)
-
-        return forked(call)
-
-    def check():
-        work = partial(out)
-        if is_loadable(work):
-            assert {name: data for name, data in contents(work).items()} == whole
-        if out.exists():
-            assert contents(out) == whole
-        kills["journal"] += (work / JOURNAL).exists() and (work / JOURNAL).stat().st_size > 0
-        kills["all"] += 1
-
-    number = 1
-    while killed(number):
-        check()
-        if not out.exists():
-            assert not forked(lambda: convert(out))
-        assert contents(out) == whole, number
-        shutil.rmtree(out)
-        number += step
-    shutil.rmtree(out)
-    # each run gets a little further: through the lines of resuming and those of a job
-    number = 700
-    while not out.exists() and killed(number):
-        check()
-        number += 25
-    assert contents(out) == whole
-    print(json.dumps(kills))
-
-
-def kill_at(folder: Path) -> None:
-    """Killed at the joints, and what is found there."""
-    convert(folder / "whole")
-    whole = contents(folder / "whole")
-
-    def before(owner, name, time):
-        real, calls = getattr(owner, name), Counter()
-
-        def replaced(*args, **options):
-            calls["all"] += 1
-            return die() if calls["all"] == time else real(*args, **options)
-
-        setattr(owner, name, replaced)
-
-    joints = {
-        "first chunk": (shards.TensorWriter, "write", 1, 0),
-        "in a job": (shards.TensorWriter, "write", 20, 1),
-        "data is on disk, the journal does not know": (Journal, "add", 3, 2),
-        "all jobs are done": (engine, "_complete", 1, MODULES),
-        "some shards have their names": (Path, "rename", 2, MODULES),
-        "before the first side file": (engine, "_put", 1, MODULES),
-        "before config.json": (engine, "_put", 3, MODULES),
-        "before the rename": (os, "rename", 4, MODULES),
-    }
-    for joint, (owner, name, time, done) in joints.items():
-        out = folder / joint.replace(" ", "-")
-
-        def call(out=out, owner=owner, name=name, time=time):
-            before(owner, name, time)
-            convert(out)
-
-        assert forked(call), joint
-        assert not out.exists(), joint
-        assert is_loadable(partial(out)) == (joint == "before the rename"), joint
-        assert len((partial(out) / JOURNAL).read_text().splitlines()) == 1 + done, joint
-        chunked = Counter()
-        convert(out, chunked)
-        assert contents(out) == whole, joint
-        assert len(chunked) == MODULES - done, joint
-
-
-def in_process_of_its_own(call: str, *args: object) -> str:
-    code = f"from pathlib import Path; from tests.convert.test_engine import *; {call}"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    return done.stdout
-
-
-def test_killed_at_any_line_and_resumed_it_is_bit_identical(tmp_path):
-    kills = json.loads(in_process_of_its_own("kill_everywhere(Path(sys.argv[1]), 29)", tmp_path))
-    assert kills["all"] >= 40 and kills["journal"] >= 30
-
-
-def test_killed_at_the_joints(tmp_path):
-    in_process_of_its_own("kill_at(Path(sys.argv[1]))", tmp_path)
-
-
-# --- verify
-
-
-def test_verify_finds_every_flipped_bit_of_a_tensor(tmp_path):
-    out = convert(tmp_path / "out")
-    for info in Checkpoint(out).tensors.values():
-        data = bytearray(info.shard.read_bytes())
-        data[info.offset + info.nbytes // 2] ^= 4
-        good = info.shard.read_bytes()
-        info.shard.write_bytes(data)
-        with pytest.raises(InputError, match=f"tensor {info.name} is not what was written"):
-            verify(out, progress=False)
-        info.shard.write_bytes(good)
-    verify(out, progress=False)
-
-
-def test_verify_finds_headers_that_lie(tmp_path):
-    out = convert(tmp_path / "out")
-    for shard in sorted(out.glob("*.safetensors")):
-        good = shard.read_bytes()
-        for old, new in ((b'"BF16"', b'"I16" '), (b"[4,6]", b"[6,4]"), (b"weight", b"height")):
-            shard.write_bytes(good.replace(old, new, 1))
-            with pytest.raises(InputError, match=r"layers\.\d"):
-                verify(out, progress=False)
-        shard.write_bytes(good)
-
-
-def test_verify_wants_a_manifest_and_all_tensors(tmp_path):
-    out = convert(tmp_path / "out", shard_size=1 << 20)
-    lines = (out / JOURNAL).read_text().splitlines(keepends=True)
-    (out / JOURNAL).write_text("".join(lines[:-1]))
-    with pytest.raises(InputError, match=r"tensor layers.4.biases is not in conversion.jsonl"):
-        verify(out)
-    (out / JOURNAL).write_text("".join(lines) + json.dumps({"tensors": {"z": ["U8", [1], "0"]}}) + "\n")
-    with pytest.raises(InputError, match="tensor z is missing"):
-        verify(out)
-    (out / JOURNAL).unlink()
-    with pytest.raises(InputError, match=r"has no conversion\.jsonl"):
-        verify(out)
-
-
-def test_verify_goes_on_to_the_sources(tmp_path):
-    out = convert(tmp_path / "out")
-    seen = []
-    verify(out, lambda reader: seen.extend(reader.tensors), progress=False)
-    assert sorted(seen) == sorted(Checkpoint(out).tensors)
 
 
 # --- memory and progress

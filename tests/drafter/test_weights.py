@@ -6,6 +6,7 @@ import json
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -14,6 +15,7 @@ from mlx_dgemma.drafter.block import make
 from mlx_dgemma.drafter.format import parse
 from mlx_dgemma.drafter.network import BlockNetwork
 from mlx_dgemma.drafter.weights import quantise, read
+from tests.drafter.blocks import HIDDEN
 from tests.drafter.files import MISSING, PUBLISHED, SMALL, changed, random_network, refused, write, write_drafter
 from tests.helpers import random_model
 
@@ -137,3 +139,16 @@ def test_places_that_are_refused(tiny, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(tiny, place, "no such f")
     refused(tiny, "", "the name of the model is empty")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_drafters_matrices_are_quantised(model, folders, bits):
+    network = make(model, folders("dspark"), drafter_bits=bits).network
+    kinds = {path: type(module) for path, module in network.named_modules() if "weight" in module}
+    quantised = {path for path, kind in kinds.items() if kind is nn.QuantizedLinear}
+    assert quantised == {path for path in kinds if path == "fc" or "_proj" in path}
+    assert kinds["markov_head.markov_w2"] is kinds["confidence_head.proj"] is nn.Linear
+    assert {network.fc.bits, network.layers[0].mlp.up_proj.bits} == {bits}
+    arrays = dict(tree_flatten(network.parameters()))
+    assert arrays["fc.weight"].dtype == mx.uint32
+    assert arrays["fc.weight"].nbytes * 32 == bits * 2 * HIDDEN * HIDDEN * 4
