@@ -103,13 +103,12 @@ class Other:
     def __init__(self, setup: Setup):
         from mlx_lm.tokenizer_utils import load
 
-        from mlx_dgemma.config import ModelConfig, read_json
+        from mlx_dgemma.config import ModelConfig
         from mlx_dgemma.loading import read_generation_config, resolve
 
         self._setup = setup
         self.folder: Path = resolve(setup.model, setup.revision)
-        path = self.folder / "config.json"
-        self.shape = ModelConfig.from_dict(read_json(path), str(path))
+        self.shape = ModelConfig.read(self.folder)
         own = read_generation_config(self.folder, self.shape)
         self._tokenizer = load(self.folder, eos_token_ids=list(own.eos_token_ids) or None)
         if not own.eos_token_ids:

@@ -34,7 +34,7 @@ import numpy as np
 
 from mlx_dgemma import convert
 from mlx_dgemma.command import Parser, run_command
-from mlx_dgemma.config import ModelConfig, read_json
+from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.convert.conversion import Conversion, Options
 from mlx_dgemma.convert.recipes import DEFAULTS, RECIPES, Scheme, get_recipe
 from mlx_dgemma.errors import InputError, UsageError
@@ -189,8 +189,7 @@ def chosen(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _require_floats(model: str) -> None:
     """Raise InputError for what is quantised: there is no original to compare with."""
-    path = resolve(model) / "config.json"
-    if ModelConfig.from_dict(read_json(path), str(path)).quantization is not None:
+    if ModelConfig.read(resolve(model)).quantization is not None:
         raise InputError(f"{model}: is quantised; name the floats that it was made from")
 
 

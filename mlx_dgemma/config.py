@@ -75,6 +75,12 @@ class ModelConfig:
         return [self.sliding_window - 1 if layer.is_sliding else None for layer in self.layers]
 
     @classmethod
+    def read(cls, folder: Path) -> ModelConfig:
+        """Of a checkpoint's folder. Raises InputError naming its config.json and what is wrong in it."""
+        path = folder / "config.json"
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Parse config.json. Raises InputError naming the key that is missing or unsupported."""
         if raw.get("model_type") != MODEL_TYPE:

@@ -94,7 +94,7 @@ def load(
 def load_model(folder: str | Path, *, dtype: mx.Dtype | None = None, lazy: bool = False) -> DiffusionGemma:
     """The model of a checkpoint folder, with its `generation_config`; see `load`."""
     folder = Path(folder)
-    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = ModelConfig.read(folder)
     checkpoint = Checkpoint(folder)
     tensors = checkpoint.text_tensors()
     if dtype is None and mx.default_device() == mx.cpu:

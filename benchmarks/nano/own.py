@@ -36,7 +36,7 @@ def encoded(examples: Sequence[Example], tokenizer: TokenizerWrapper, end: int) 
     """Their rows. Raises InputError naming the line that is no text, or that the chat template does not take."""
     rows = []
     for example in examples:
-        answer, thought = (example.fields.get(key) for key in ("answer", "thought"))
+        answer, thought = example.fields["answer"], example.fields.get("thought")
         try:
             f"{answer}{thought}".encode()  # half of a surrogate pair is JSON but no text
             rows.append(encode(tokenizer, end, example.prompt, answer, thought))

@@ -140,7 +140,7 @@ def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlo
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
-    from mlx_dgemma.config import ModelConfig, read_json
+    from mlx_dgemma.config import ModelConfig
     from mlx_dgemma.loading import resolve
 
     from ..engines import require_readable
@@ -151,8 +151,7 @@ def _initial(args: argparse.Namespace, plan: Plan) -> tuple[DiffusionGemmaForBlo
         folder = resolve(args.init)
     else:
         return _random_nano(args.seed)
-    config = folder / "config.json"
-    require_readable(ModelConfig.from_dict(read_json(config), str(config)), str(folder))
+    require_readable(ModelConfig.read(folder), str(folder))
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=getattr(torch, plan.dtype))
     needed = ["pad_token_id", "eos_token_id", *(["sampler_config"] if plan.stepped else [])]
     if missing := next((name for name in needed if getattr(model.generation_config, name) is None), None):

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
-from ...config import ModelConfig, read_json
+from ...config import ModelConfig
 from ...convert.journal import fingerprint
 from ...errors import InputError, UsageError
 from ...folders import expanded, require_new
@@ -115,8 +115,7 @@ def train_drafter(
 
 def _config(folder: Path, start: Path | None, sizes: Sizes) -> BlockConfig:
     """Of the drafter, by config.json of the model and of what is continued; no weight is read."""
-    where = folder / "config.json"
-    model = ModelConfig.from_dict(read_json(where), str(where))
+    model = ModelConfig.read(folder)
     if start is None:
         return shape.new(model, sizes)
     config = weights.read_config(start)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..config import GenerationConfig, ModelConfig, read_json
+from ..config import GenerationConfig, ModelConfig
 from ..decoding.causal import decode
 from ..drafter import make, memory
 from ..drafter.protocol import Drafter
@@ -114,7 +114,7 @@ def quantisation(config: ModelConfig) -> str:
 
 
 def _nano() -> ModelConfig:
-    return ModelConfig.from_dict(read_json(EMBEDDED / "config.json"))
+    return ModelConfig.read(EMBEDDED)
 
 
 def _encoded(tokenizer: TokenizerWrapper, texts: dict[str, str]) -> dict[str, list[int]]:

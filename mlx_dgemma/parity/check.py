@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig
 from ..errors import InputError
 from ..loading import NANO, load_model, resolve
 from ..model import DiffusionGemma
@@ -211,7 +211,7 @@ def _checkpoint(bundle: Bundle, model: str | None) -> Path:
 def require_same_sizes(bundle: Bundle, folder: Path) -> None:
     """Raise InputError, naming the first difference, for a checkpoint of another architecture."""
     theirs = ModelConfig.from_dict(bundle.facts["config"], str(bundle.folder / "bundle.json"))
-    ours = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    ours = ModelConfig.read(folder)
     for name, recorded in vars(theirs).items():
         if name in NO_SIZES or (own := getattr(ours, name)) == recorded:
             continue

@@ -88,7 +88,7 @@ def record_checkpoint(
         UsageError: `out` exists, an option is out of range, or there is no such device.
     """
     folder = resolve(model)
-    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = ModelConfig.read(folder)
     # with eos and pad filled in: where generate would look for them differs by version
     sampling = read_generation_config(folder, config).replace(
         max_new_tokens=max_new_tokens or 2 * config.canvas_length, max_denoising_steps=max_denoising_steps

@@ -10,6 +10,7 @@ from benchmarks.examples import chosen, digest
 from mlx_dgemma.errors import InputError, UsageError
 
 GRID = "1234 3412 2143 4321"
+THREE_ELSEWHERE = ["0.3", "-3", "\u22123", "3.5", "3,5", "0,3", "13", "x3", "1/3", "3/4"]
 NINE = "534678912 672195348 198342567 859761423 426853791 713924856 961537284 287419635 345286179"
 SHOWN = "53..7.... 6..195... .98....6. 8...6...3 4..8.3..1 7...2...6 .6....28. ...419..5 ....8..79"
 OURS = Judges.named([])
@@ -17,9 +18,6 @@ OURS = Judges.named([])
 
 def always(text, fields):
     return fields.get("easy", False)
-
-
-THREE_ELSEWHERE = ["0.3", "-3", "\u22123", "3.5", "3,5", "0,3", "13", "x3", "1/3", "3/4"]
 
 
 def broken(text, fields):

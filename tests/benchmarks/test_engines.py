@@ -9,7 +9,7 @@ from benchmarks import engines
 from benchmarks.engine import Setup, is_greedy
 from benchmarks.engines import ENGINES, fingerprint, require_possible, require_readable
 from mlx_dgemma import convert, stream_generate
-from mlx_dgemma.config import GenerationConfig, ModelConfig, read_json
+from mlx_dgemma.config import GenerationConfig, ModelConfig
 from mlx_dgemma.errors import InputError, UsageError
 from mlx_dgemma.loading import EMBEDDED
 from tests.helpers import NANO_VOCAB, random_model, with_text, write_checkpoint
@@ -80,8 +80,7 @@ def test_transformers_is_given_no_weights_of_mlx(tmp_path):
     with pytest.raises(InputError, match=r"quantised as MLX does, .* --dequantize --export hf"):
         ENGINES["transformers"](Setup(model=str(folder)))
     written = convert(folder, tmp_path / "floats", dequantize=True, export="hf", progress=False)
-    config = written / "config.json"
-    require_readable(ModelConfig.from_dict(read_json(config), str(config)), "what that says to do")
+    require_readable(ModelConfig.read(written), "what that says to do")
 
 
 def test_a_fingerprint_is_of_the_weights(tmp_path):
